@@ -1,0 +1,105 @@
+"""The ClientApp: a message in, a message out. One round at one node is `_train`; scoring is `_evaluate`."""
+
+import logging
+import time
+import zlib
+from collections.abc import Callable
+from functools import lru_cache, partial
+
+import numpy as np
+from flwr.app import ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.clientapp.mod import fixedclipping_mod
+from flwr.common.constant import ErrorCode
+
+from fedft.config import NodeSettings, Settings, parse_node_config, parse_run_config
+from fedft.data import Site, load_site
+from fedft.errors import FedftError
+from fedft.model import load_model, load_tokenizer
+from fedft.records import arrays_from_record, record_from_arrays
+
+_log = logging.getLogger(__name__)
+
+app = ClientApp()
+
+
+@app.train(mods=[fixedclipping_mod])
+def train(message: Message, context: Context) -> Message:
+    """Train the received adapter on this node's data; `fixedclipping_mod` then clips the update."""
+    return _answer(message, context, _train)
+
+
+@app.evaluate()
+def evaluate(message: Message, context: Context) -> Message:
+    """Score the received adapter on this node's held-out examples."""
+    return _answer(message, context, _evaluate)
+
+
+def _train(message: Message, settings: Settings, node: NodeSettings) -> RecordDict:
+    from fedft import task
+
+    started = time.monotonic()
+    config: ConfigRecord = message.content["config"]  # type: ignore[assignment]
+    site = _load_site(settings, node)
+    result = task.train(
+        load_model(settings.model, settings.lora),
+        load_tokenizer(settings.model),
+        arrays_from_record(message.content["arrays"]),  # type: ignore[arg-type]
+        site.train,
+        settings.train,
+        learning_rate=float(config["learning-rate"]),  # type: ignore[arg-type]
+        gradient_checkpointing=settings.model.gradient_checkpointing,
+        seed=_round_seed(settings, node, int(config["server-round"])),  # type: ignore[call-overload]
+    )
+    metrics = {
+        "num-examples": len(site.train),
+        "train_loss": result.loss,
+        "steps": result.steps,
+        "tokens": result.tokens,
+        "seconds": time.monotonic() - started,
+    }
+    return RecordDict({"arrays": record_from_arrays(result.adapter), "metrics": MetricRecord(metrics)})
+
+
+def _evaluate(message: Message, settings: Settings, node: NodeSettings) -> RecordDict:
+    from fedft import task
+
+    examples = _load_site(settings, node).test
+    if settings.eval.examples:
+        examples = examples[: settings.eval.examples]
+    sums = task.evaluate(
+        load_model(settings.model, settings.lora),
+        arrays_from_record(message.content["arrays"]),  # type: ignore[arg-type]
+        examples,
+    )
+    return RecordDict({"metrics": MetricRecord(sums.as_metrics())})
+
+
+def _answer(
+    message: Message, context: Context, handle: Callable[[Message, Settings, NodeSettings], RecordDict]
+) -> Message:
+    """Handle a message; what a user or site got wrong is answered as an error of one line, without a traceback."""
+    try:
+        settings = parse_run_config(context.run_config)
+        node = parse_node_config(context.node_config)
+        return Message(handle(message, settings, node), reply_to=message)
+    except FedftError as error:
+        _log.error("%s", error)
+        return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, str(error)), reply_to=message)
+
+
+def _load_site(settings: Settings, node: NodeSettings) -> Site:
+    return load_site(
+        settings.data, node, settings.seed, settings.train.max_length, _tokenizer_loader(settings)
+    )
+
+
+@lru_cache(maxsize=1)  # the same object at every call: it is part of `load_site`'s cache key
+def _tokenizer_loader(settings: Settings) -> Callable[[], object]:
+    return partial(load_tokenizer, settings.model)
+
+
+def _round_seed(settings: Settings, node: NodeSettings, server_round: int) -> int:
+    """Return the seed of a node's round: another for each round, node and run seed."""
+    place = node.partition_id if not node.data_path else zlib.crc32(node.data_path.encode())
+    return int(np.random.SeedSequence([settings.seed, place, server_round]).generate_state(1)[0])

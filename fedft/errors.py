@@ -1,0 +1,37 @@
+"""The exceptions fedft raises for what a user, a site or a network can cause.
+
+Each message is one line that names the key or file, the value found, what is allowed, and the remedy. Anything that is
+not a `FedftError` is a bug in fedft.
+"""
+
+
+class FedftError(Exception):
+    """Base of all of fedft's own exceptions."""
+
+
+class ConfigError(FedftError):
+    """A run-config or node-config value has the wrong type, is out of range, or contradicts another."""
+
+
+class FetchError(FedftError):
+    """A built-in model or data set could not be fetched, verified or unpacked."""
+
+
+class DataError(FedftError):
+    """A data set cannot be read, has the wrong columns, or cannot be partitioned as asked."""
+
+
+class ModelError(FedftError):
+    """A base model cannot be loaded, or cannot carry the adapter asked for."""
+
+
+class AdapterError(FedftError):
+    """Adapter arrays have the wrong keys, shapes or types, or are not finite."""
+
+
+class RunDirectoryError(FedftError):
+    """A run directory cannot be written, read or found."""
+
+
+class FederationError(FedftError):
+    """Too few nodes connected, or too few usable replies came back."""

@@ -1,0 +1,27 @@
+"""Adapters to and from Flower's records."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from flwr.app import Array, ArrayRecord
+from numpy.typing import NDArray
+
+
+def record_from_arrays(adapter: Mapping[str, NDArray[np.floating[Any]]]) -> ArrayRecord:
+    """Return arrays as a Flower record of float32."""
+    return ArrayRecord({key: Array(np.asarray(value, dtype=np.float32)) for key, value in adapter.items()})
+
+
+def arrays_from_record(record: ArrayRecord) -> dict[str, NDArray[Any]]:
+    """Return the arrays of a Flower record, of whatever type and shape it holds.
+
+    Raises:
+        ValueError: an array's bytes are not a NumPy array.
+    """
+    return {key: array.numpy() for key, array in record.items()}
+
+
+def record_size(record: ArrayRecord) -> int:
+    """Return the bytes of a record's arrays."""
+    return sum(len(array.data) for array in record.values())

@@ -1,0 +1,260 @@
+"""Local training of the adapter, and held-out scoring. Knows nothing of Flower.
+
+Training is trl's `SFTTrainer` with the completion-only loss, less what a federated round does not need: the language
+model's head sees the positions that predict a completion token and no others, batches hold examples of like length,
+padding is on the right and therefore needs no attention mask, and no per-token entropy or accuracy is computed.
+"""
+
+import tempfile
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from torch.nn.functional import cross_entropy
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedTokenizerBase, PrinterCallback
+from trl import SFTConfig, SFTTrainer
+
+from fedft.config import TrainSettings
+from fedft.data import Example
+from fedft.errors import AdapterError
+from fedft.evaluation import EvaluationSums
+from fedft.model import Adapter, check_adapter, get_adapter, quiet_libraries, set_adapter
+
+_EVALUATION_BATCH = 8
+_IGNORED = -100
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What one client's local training gave."""
+
+    adapter: Adapter
+    loss: float
+    """Mean training loss over the steps, in nats per completion token."""
+    steps: int
+    tokens: int
+    """Prompt and completion tokens trained on, padding not counted."""
+
+
+def train(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    adapter: Adapter,
+    examples: Sequence[Example],
+    settings: TrainSettings,
+    *,
+    learning_rate: float,
+    gradient_checkpointing: bool,
+    seed: int,
+) -> TrainResult:
+    """Train the adapter on a node's examples for one round and return it.
+
+    Args:
+        model: from `load_model`; left with the trained adapter.
+        tokenizer: the model's.
+        adapter: the global adapter to start from.
+        examples: the node's training examples, at least one.
+        settings: batch size, steps or epochs.
+        learning_rate: constant within the round.
+        gradient_checkpointing: recompute activations in the backward pass.
+        seed: decides which examples are drawn, their order and the dropout.
+
+    Raises:
+        AdapterError: `adapter` does not fit the model, or training made it non-finite or left it unchanged.
+    """
+    drawn = draw_examples(
+        [example.length for example in examples], settings, np.random.default_rng([seed, 0xB])
+    )
+    rows = [_training_row(examples[index]) for index in drawn]
+    with tempfile.TemporaryDirectory(prefix="fedft-") as scratch:
+        trainer = _make_trainer(
+            model, tokenizer, rows, settings, scratch, learning_rate, gradient_checkpointing, seed
+        )
+        try:
+            set_adapter(model, adapter)  # after the trainer's own start, which casts the LoRA weights of a 4-bit base
+            outcome = trainer.train()
+        finally:
+            vars(model.get_base_model()).pop("forward", None)  # undo the trainer's patch: it would pile up
+    trained = get_adapter(model)
+    check_adapter(trained, {key: value.shape for key, value in adapter.items()})
+    if all(np.array_equal(trained[key], adapter[key]) for key in adapter):
+        raise AdapterError("training left the adapter unchanged; is train.learning-rate-max too small?")
+    return TrainResult(trained, float(outcome.training_loss), int(outcome.global_step), sum(map(_tokens, rows)))
+
+
+def draw_examples(lengths: Sequence[int], settings: TrainSettings, rng: np.random.Generator) -> list[int]:
+    """Return the indices one round trains on, in order: batches of like length, the batches shuffled.
+
+    With `max-steps` it draws as many examples as the steps need, without replacement until every example was drawn;
+    otherwise every example once an epoch.
+    """
+    count = len(lengths)
+    step = settings.batch_size * settings.gradient_accumulation_steps
+    wanted = settings.max_steps * step if settings.max_steps else settings.epochs * count
+    indices: list[int] = []
+    for start in range(0, wanted, count):
+        drawn = rng.permutation(count)[: wanted - start].tolist()
+        drawn.sort(key=lambda index: lengths[index])
+        batches = [drawn[i : i + settings.batch_size] for i in range(0, len(drawn), settings.batch_size)]
+        indices += [index for batch in rng.permutation(len(batches)) for index in batches[batch]]
+    return indices
+
+
+def evaluate(model: PeftModel, adapter: Adapter, examples: Sequence[Example]) -> EvaluationSums:
+    """Score held-out examples under the base model with this adapter.
+
+    An example's options are scored in one pass: they follow the prompt side by side, each seeing the prompt and itself
+    alone.
+
+    Raises:
+        AdapterError: `adapter` does not fit the model.
+    """
+    set_adapter(model, adapter)
+    model.eval()
+    total = EvaluationSums()
+    ordered = sorted(examples, key=lambda example: len(example.prompt) + sum(map(len, example.completions)))
+    with torch.inference_mode():
+        for start in range(0, len(ordered), _EVALUATION_BATCH):
+            batch = ordered[start : start + _EVALUATION_BATCH]
+            for example, scores in zip(batch, _score(model, batch), strict=True):
+                per_token = [nll / len(ids) for nll, ids in zip(scores, example.completions, strict=True)]
+                correct = int(np.argmin(per_token)) == example.answer if len(scores) > 1 else None
+                total += EvaluationSums.of(scores[example.answer], len(example.completion), correct)
+    return total
+
+
+def token_nll(
+    model: PeftModel, input_ids: torch.Tensor, where: tuple[torch.Tensor, ...], targets: torch.Tensor, **inputs: Any
+) -> torch.Tensor:
+    """Return the negative log-likelihood of target tokens, in nats, shape [tokens].
+
+    Args:
+        model: the model.
+        input_ids: shape [batch, positions].
+        where: row and position whose output predicts each target, two index tensors of shape [tokens].
+        targets: token ids, shape [tokens].
+        inputs: further arguments of the model's forward.
+
+    The head is given those positions alone, through a hook on its input: logits of the prompt are never computed.
+    """
+    head = model.get_output_embeddings()
+    hook = head.register_forward_pre_hook(lambda _, arguments: (arguments[0][where],))
+    try:
+        logits = model(input_ids=input_ids, use_cache=False, **inputs).logits
+    finally:
+        hook.remove()
+    return cross_entropy(logits.float(), targets, reduction="none")
+
+
+def _score(model: PeftModel, batch: Sequence[Example]) -> list[list[float]]:
+    """Return each completion's negative log-likelihood, in nats, for each example."""
+    width = max(len(example.prompt) + sum(map(len, example.completions)) for example in batch)
+    ids = torch.zeros((len(batch), width), dtype=torch.long)
+    positions = torch.zeros((len(batch), width), dtype=torch.long)
+    visible = torch.eye(width, dtype=torch.bool).repeat(len(batch), 1, 1)
+    rows: list[int] = []
+    sources: list[int] = []
+    targets: list[int] = []
+    for row, example in enumerate(batch):
+        prompt = len(example.prompt)
+        ids[row, :prompt] = torch.tensor(example.prompt)
+        positions[row, :prompt] = torch.arange(prompt)
+        visible[row, :prompt, :prompt] = torch.ones(prompt, prompt, dtype=torch.bool).tril()
+        start = prompt
+        for completion in example.completions:
+            stop = start + len(completion)
+            ids[row, start:stop] = torch.tensor(completion)
+            positions[row, start:stop] = torch.arange(prompt, prompt + len(completion))
+            visible[row, start:stop, :prompt] = True
+            visible[row, start:stop, start:stop] = torch.ones(len(completion), len(completion), dtype=torch.bool).tril()
+            rows += [row] * len(completion)
+            sources += [prompt - 1, *range(start, stop - 1)]
+            targets += completion
+            start = stop
+    device, dtype = model.device, model.dtype
+    mask = torch.zeros(visible.shape, dtype=dtype).masked_fill_(~visible, torch.finfo(dtype).min)
+    nll = token_nll(
+        model,
+        ids.to(device),
+        (torch.tensor(rows, device=device), torch.tensor(sources, device=device)),
+        torch.tensor(targets, device=device),
+        attention_mask=mask[:, None].to(device),
+        position_ids=positions.to(device),
+    )
+    pieces = iter(nll.split([len(ids) for example in batch for ids in example.completions]))
+    return [[float(next(pieces).sum()) for _ in example.completions] for example in batch]
+
+
+def _training_row(example: Example) -> dict[str, list[int]]:
+    return {
+        "input_ids": [*example.prompt, *example.completion],
+        "labels": [_IGNORED] * len(example.prompt) + list(example.completion),
+    }
+
+
+def _tokens(row: dict[str, list[int]]) -> int:
+    return len(row["input_ids"])
+
+
+class _CompletionTrainer(SFTTrainer):  # type: ignore[misc]  # trl is untyped
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+        """Return the mean negative log-likelihood of the completion tokens of all accumulated batches."""
+        labels = inputs["labels"][:, 1:]
+        where = (labels != _IGNORED).nonzero(as_tuple=True)
+        nll = token_nll(model, inputs["input_ids"], where, labels[where])
+        return nll.sum() / (nll.numel() if num_items_in_batch is None else num_items_in_batch)
+
+
+def _make_trainer(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: list[dict[str, list[int]]],
+    settings: TrainSettings,
+    scratch: str,
+    learning_rate: float,
+    gradient_checkpointing: bool,
+    seed: int,
+) -> _CompletionTrainer:
+    quiet_libraries()
+    arguments = SFTConfig(
+        output_dir=scratch,
+        num_train_epochs=1,  # the rows are already those of the round, in order
+        train_sampling_strategy="sequential",
+        per_device_train_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.gradient_accumulation_steps,
+        learning_rate=learning_rate,
+        lr_scheduler_type="constant",
+        gradient_checkpointing=gradient_checkpointing,
+        bf16=False,  # autocast; the base has its own dtype, the adapter is float32
+        use_cpu=not torch.cuda.is_available(),
+        dataloader_pin_memory=torch.cuda.is_available(),
+        dataset_kwargs={"skip_prepare_dataset": True},
+        remove_unused_columns=False,
+        max_length=None,
+        save_strategy="no",
+        logging_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        seed=seed,
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        trainer = _CompletionTrainer(
+            model, arguments, data_collator=_collate, train_dataset=Dataset.from_list(rows), processing_class=tokenizer
+        )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def _collate(rows: Sequence[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+    """Pad on the right: under causal attention no token sees the padding after it."""
+    return {
+        key: pad_sequence([torch.tensor(row[key]) for row in rows], batch_first=True, padding_value=filler)
+        for key, filler in (("input_ids", 0), ("labels", _IGNORED))
+    }
