@@ -94,9 +94,9 @@ class RunDirectory:
         """
         adapter = None
         with _as_run_directory_error(self.path):
+            self.metrics.append(dict(metrics))
             if save_adapter:
                 adapter = self._save_adapter(number, save_adapter)
-            self.metrics.append(dict(metrics))
             _write(self.path / "metrics.jsonl", "".join(json.dumps(_plain(line)) + "\n" for line in self.metrics))
             _write_json(self.path / "privacy.json", privacy)
             self.state["round"] = number

@@ -7,6 +7,7 @@ is clipped, noised, averaged and saved. Base model and tokenizer are loaded once
 import hashlib
 import logging
 import math
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
@@ -56,11 +57,11 @@ def load_model(settings: ModelSettings, lora: LoraSettings) -> "PeftModel":
         ModelError: the base model cannot be loaded, or has none of the target modules.
         FetchError: a built-in cannot be fetched.
     """
+    quiet_libraries()
     import torch
     from peft import get_peft_model
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    quiet_libraries()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = compute_dtype(settings.dtype)
     arguments: dict[str, Any] = {"revision": settings.revision, "dtype": dtype, "device_map": {"": device}}
@@ -113,11 +114,11 @@ def adapter_shapes(settings: ModelSettings, lora: LoraSettings) -> Mapping[str, 
     Raises:
         ModelError: the configuration cannot be loaded, or the model has none of the target modules.
     """
+    quiet_libraries()
     import torch
     from peft import get_peft_model, get_peft_model_state_dict
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    quiet_libraries()
     with _as_model_error(settings):
         config = AutoConfig.from_pretrained(_source(settings), revision=settings.revision)
         with torch.device("meta"):
@@ -267,10 +268,16 @@ def _has_cpu_flag(*flags: str) -> bool:
 
 
 def quiet_libraries() -> None:
-    """Keep progress bars and advice of the model libraries out of the run's log; their errors are raised."""
+    """Keep progress bars, advice and deprecations of the model libraries out of the run's log; their errors are raised.
+
+    Call it before they are imported: some speak at import.
+    """
+    for name in ("accelerate", "bitsandbytes", "peft", "torch", "transformers", "trl"):
+        for category in (DeprecationWarning, FutureWarning):
+            warnings.filterwarnings("ignore", category=category, module=rf"{name}(\.|$)")
+    for name in ("accelerate", "bitsandbytes", "bitsandbytes.backends.cpu.ops", "trl"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     from transformers.utils import logging as hf_logging
 
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
-    for name in ("bitsandbytes", "accelerate", "trl"):
-        logging.getLogger(name).setLevel(logging.ERROR)

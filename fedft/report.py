@@ -1,11 +1,15 @@
-"""What a run shows of itself: the model card of an adapter."""
+"""What fedft shows: the model card of an adapter, the picture of a partitioning."""
 
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from fedft import builtin
 from fedft.config import Settings
+from fedft.errors import RunDirectoryError
+
+_COLOURS = ("C0", "C1", "C2", "C3", "C4", "C5", "C6", "C8", "C9")  # C7 is grey, which is for the rest
 
 
 def model_card(settings: Settings, metrics: Sequence[Mapping[str, Any]], privacy: Mapping[str, Any]) -> str:
@@ -50,3 +54,37 @@ def _score_row(line: Mapping[str, Any]) -> str:
 
 def _is_hub_id(name: str) -> bool:
     return name.count("/") == 1 and not name.startswith(("/", ".", "~", builtin.PREFIX))
+
+
+def draw_partitions(sizes: Sequence[Mapping[str, int]], title: str, file: Path) -> None:
+    """Draw each partition's rows as a bar, stacked by class, largest class first, into a PNG, SVG or PDF file.
+
+    Raises:
+        RunDirectoryError: the file cannot be written, or its ending is none of these.
+    """
+    from matplotlib.figure import Figure
+
+    totals: dict[str, int] = {}
+    for counts in sizes:
+        for name, count in counts.items():
+            totals[name] = totals.get(name, 0) + count
+    ranked = sorted(totals, key=lambda name: (-totals[name], name))
+    layers = {name: [counts.get(name, 0) for counts in sizes] for name in ranked[: len(_COLOURS)]}
+    rest = ranked[len(_COLOURS) :]
+    if rest:
+        layers[f"{len(rest)} others"] = [sum(counts.get(name, 0) for name in rest) for counts in sizes]
+
+    figure = Figure(figsize=(max(6.0, 0.35 * len(sizes) + 3.0), 4.5), layout="constrained")
+    axes = figure.subplots()
+    bottom = [0] * len(sizes)
+    for (name, heights), colour in zip(layers.items(), (*_COLOURS, "0.7"), strict=False):
+        axes.bar(range(len(sizes)), heights, bottom=bottom, label=name, color=colour, width=0.85)
+        bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
+    axes.set(title=title, xlabel="partition", ylabel="training rows")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    if any(layers):
+        axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
+    try:
+        figure.savefig(file, dpi=150)
+    except (OSError, ValueError) as error:
+        raise RunDirectoryError(f"cannot write the picture {str(file)!r}: {error}") from error

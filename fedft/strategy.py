@@ -8,7 +8,7 @@ an adapter that is misshapen or not finite is a failure with a reason, never an 
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -99,8 +99,7 @@ class CohortFedAvg(FedAvg):
         self.report = RoundReport()
         self._sent = arrays_from_record(arrays)
         nodes = self._wait_for(grid, self.settings.min_replies, "strategy.min-replies")
-        rng = np.random.default_rng([self.seed, 0xC, server_round])
-        chosen = sorted(rng.permutation(sorted(nodes))[: self.cohort_size].tolist())
+        chosen = _draw(nodes, self.cohort_size, [self.seed, 0xC, server_round])
         self.report.cohort = len(chosen)
         return self._messages(server_round, arrays, config, chosen, MessageType.TRAIN)
 
@@ -124,10 +123,9 @@ class CohortFedAvg(FedAvg):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> list[Message]:
         """Return the evaluation messages to `fraction-evaluate` of the nodes."""
-        nodes = sorted(grid.get_node_ids())
+        nodes = list(grid.get_node_ids())
         count = math.ceil(self.settings.fraction_evaluate * len(nodes))
-        rng = np.random.default_rng([self.seed, 0xE, server_round])
-        chosen = sorted(rng.permutation(nodes)[:count].tolist())
+        chosen = _draw(nodes, count, [self.seed, 0xE, server_round])
         return self._messages(server_round, arrays, config, chosen, MessageType.EVALUATE)
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
@@ -262,6 +260,12 @@ class ClientLevelDP(Strategy):
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Return the held-out figures, which are not noised."""
         return self.strategy.aggregate_evaluate(server_round, replies)
+
+
+def _draw(nodes: Sequence[int], count: int, seed: list[int]) -> list[int]:
+    order = np.random.default_rng(seed).permutation(len(nodes))[:count]
+    ordered = sorted(nodes)
+    return sorted(ordered[index] for index in order)
 
 
 def _read_evaluation(message: Message) -> EvaluationSums:
