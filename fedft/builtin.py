@@ -175,7 +175,7 @@ def _convert_smollm2(unpacked: Path, made: Path) -> None:
             vars(model).pop(mark, None)
         vars(model.config).pop("quantization_config", None)
         model.config.name_or_path = ""
-        model.to(torch.bfloat16).save_pretrained(made)
+        model.bfloat16().save_pretrained(made)
         tokenizer.save_pretrained(made)
 
 

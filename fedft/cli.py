@@ -70,13 +70,15 @@ def runs(output_dir: RunsDir = None) -> None:
 
 
 def _summary(lines: list[dict[str, Any]]) -> tuple[str, str, str]:
+    from fedft.privacy import format_epsilon
+
     losses = [line["eval_loss"] for line in lines if line["eval_loss"] is not None]
     scores = [line["accuracy"] for line in lines if line["accuracy"] is not None]
     epsilon = lines[-1]["epsilon"] if lines else None
     return (
         f"{losses[0]:.2f} → {losses[-1]:.2f}" if losses else "",
         f"{scores[-1]:.0%}" if scores else "",
-        "none" if epsilon is None else f"{float(epsilon):,.4g}",
+        "none" if epsilon is None else format_epsilon(float(epsilon)),
     )
 
 
@@ -126,9 +128,7 @@ def fetch(
 @_command
 def partitions(
     nodes: Annotated[int, typer.Option(min=1, help="SuperNodes to share the data among.")] = 20,
-    run_config: Annotated[
-        str, typer.Option(help="Run-config overrides or a TOML file, as for `flwr run`.")
-    ] = "",
+    run_config: Annotated[str, typer.Option(help="Run-config overrides or a TOML file, as for `flwr run`.")] = "",
     picture: Annotated[Path, typer.Option(help="Picture to write (png, svg or pdf).")] = Path("partitions.png"),
     project: Annotated[Path, typer.Option(help="Folder of fedft's pyproject.toml.")] = Path(),
 ) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from functools import lru_cache, partial
 
 import numpy as np
-from flwr.app import ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
+from flwr.app import Context, Error, Message, MetricRecord, MetricRecordValues, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.clientapp.mod import fixedclipping_mod
 from flwr.common.constant import ErrorCode
@@ -16,7 +16,7 @@ from fedft.config import NodeSettings, Settings, parse_node_config, parse_run_co
 from fedft.data import Site, load_site
 from fedft.errors import FedftError
 from fedft.model import load_model, load_tokenizer, quiet_libraries
-from fedft.records import arrays_from_record, record_from_arrays
+from fedft.records import arrays_from_record, number_of, record_from_arrays
 
 _log = logging.getLogger(__name__)
 
@@ -39,19 +39,19 @@ def _train(message: Message, settings: Settings, node: NodeSettings) -> RecordDi
     from fedft import task
 
     started = time.monotonic()
-    config: ConfigRecord = message.content["config"]  # type: ignore[assignment]
+    config = message.content.config_records["config"]
     site = _load_site(settings, node)
     result = task.train(
         load_model(settings.model, settings.lora),
         load_tokenizer(settings.model),
-        arrays_from_record(message.content["arrays"]),  # type: ignore[arg-type]
+        arrays_from_record(message.content.array_records["arrays"]),
         site.train,
         settings.train,
-        learning_rate=float(config["learning-rate"]),  # type: ignore[arg-type]
+        learning_rate=number_of(config, "learning-rate"),
         gradient_checkpointing=settings.model.gradient_checkpointing,
-        seed=_round_seed(settings, node, int(config["server-round"])),  # type: ignore[call-overload]
+        seed=_round_seed(settings, node, int(number_of(config, "server-round"))),
     )
-    metrics = {
+    metrics: dict[str, MetricRecordValues] = {
         "num-examples": len(site.train),
         "train_loss": result.loss,
         "steps": result.steps,
@@ -69,10 +69,10 @@ def _evaluate(message: Message, settings: Settings, node: NodeSettings) -> Recor
         examples = examples[: settings.eval.examples]
     sums = task.evaluate(
         load_model(settings.model, settings.lora),
-        arrays_from_record(message.content["arrays"]),  # type: ignore[arg-type]
+        arrays_from_record(message.content.array_records["arrays"]),
         examples,
     )
-    return RecordDict({"metrics": MetricRecord(sums.as_metrics())})
+    return RecordDict({"metrics": MetricRecord({**sums.as_metrics()})})
 
 
 def _answer(
@@ -90,9 +90,7 @@ def _answer(
 
 
 def _load_site(settings: Settings, node: NodeSettings) -> Site:
-    return load_site(
-        settings.data, node, settings.seed, settings.train.max_length, _tokenizer_loader(settings)
-    )
+    return load_site(settings.data, node, settings.seed, settings.train.max_length, _tokenizer_loader(settings))
 
 
 @lru_cache(maxsize=1)  # the same object at every call: it is part of `load_site`'s cache key

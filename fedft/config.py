@@ -26,7 +26,7 @@ def _setting(
     at_most: float | None = None,
     below: float | None = None,
     required: bool = False,
-) -> Any:  # noqa: ANN401 - dataclass fields are declared with the field's own type
+) -> Any:
     """Declare a run-config key with its range; `required` forbids the empty string."""
     return field(metadata={"range": _Range(choices, at_least, above, at_most, below, required)})
 
@@ -156,7 +156,7 @@ class EvalSettings:
     every: int = _setting(at_least=1, at_most=_MAX_COUNT)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Settings:
     """The whole run-config."""
 
@@ -183,7 +183,7 @@ class NodeSettings:
     data_path: str = ""
 
 
-_TABLES: dict[str, type] = {
+_TABLES: dict[str, type[Any]] = {
     "model": ModelSettings,
     "lora": LoraSettings,
     "data": DataSettings,
@@ -230,7 +230,7 @@ def parse_node_config(node_config: Mapping[str, Scalar]) -> NodeSettings:
         if isinstance(value, bool) or not isinstance(value, int):
             raise ConfigError(f"node-config {key}={value!r} must be a whole number")
     if not 0 <= int(index) < int(count):
-        raise ConfigError(f"node-config partition-id={index} must be >= 0 and < num-partitions={count}")
+        raise ConfigError(f"node-config partition-id={index!r} must be >= 0 and < num-partitions={count!r}")
     return NodeSettings(partition_id=int(index), num_partitions=int(count))
 
 

@@ -3,7 +3,7 @@
 The shape everywhere inside fedft, from the first line on:
 
 - a *row* is a dictionary as the file or the Hub holds it;
-- a `Record` is a row understood: the messages of the prompt, the response, the multiple-choice options if there are any;
+- a `Record` is a row understood: the messages of the prompt, the response, and any multiple-choice options;
 - an `Example` is a record as token ids: one prompt, one or more candidate completions, the index of the right one.
 
 The test split depends on the rows and `data.test-fraction` alone, never on `seed`, so that runs stay comparable. It is
@@ -14,7 +14,7 @@ a partitioner of flwr-datasets, and the test rows in equal shares; a real site s
 import csv
 import json
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -168,9 +168,7 @@ def split_test(rows: Sequence[Row], fraction: float, stratify_by: str) -> tuple[
     return [row for index, row in enumerate(rows) if index not in held_out], test
 
 
-def tokenize(
-    record: Record, tokenizer: "PreTrainedTokenizerBase", prompt_style: str, max_length: int
-) -> Example:
+def tokenize(record: Record, tokenizer: "PreTrainedTokenizerBase", prompt_style: str, max_length: int) -> Example:
     """Return a record's token ids, each completion ended by the end-of-turn token.
 
     The chat template renders prompt and response where `prompt_style` is `chat`, or `auto` and the tokenizer has one;
@@ -224,7 +222,9 @@ def _render_chat(
         turn = [*messages, {"role": "assistant", "content": response}]
         whole = str(tokenizer.apply_chat_template(turn, tokenize=False))
         if not whole.startswith(prompt):
-            raise DataError("the tokenizer's chat template does not end in the response; use data.prompt-style='alpaca'")
+            raise DataError(
+                "the tokenizer's chat template does not end in the response; use data.prompt-style='alpaca'"
+            )
         completions.append(whole[len(prompt) :].rstrip())  # a newline after the end-of-turn token is never generated
     return prompt, completions
 
@@ -283,7 +283,7 @@ def _record(row: Row, columns: tuple[str, str], with_options: bool) -> Record:
 
 def _text(value: object) -> str:
     """Return a cell as stripped text; empty for what is missing (None or NaN)."""
-    return "" if value is None or value != value else str(value).strip()  # noqa: PLR0124 - NaN is not itself
+    return "" if value is None or value != value else str(value).strip()
 
 
 def _source(settings: DataSettings, node: NodeSettings) -> str:

@@ -1,7 +1,7 @@
 """The frozen base model, its tokenizer and its LoRA adapter. Knows nothing of Flower, data or training.
 
-An adapter is a dictionary from PEFT's state-dict keys to float32 arrays, sorted by key; that dictionary is what travels,
-is clipped, noised, averaged and saved. Base model and tokenizer are loaded once per process.
+An adapter is a dictionary from PEFT's state-dict keys to float32 arrays, sorted by key; it is what travels, is clipped,
+noised, averaged and saved. Base model and tokenizer are loaded once per process.
 """
 
 import hashlib
@@ -75,12 +75,15 @@ def load_model(settings: ModelSettings, lora: LoraSettings) -> "PeftModel":
     with _as_model_error(settings):
         base = AutoModelForCausalLM.from_pretrained(_source(settings), **arguments)
         base.config.use_cache = False
-        model = get_peft_model(base, lora_config(settings, lora))
-    return model
+        for module in base.modules():
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                # bitsandbytes would repack 4-bit weights at the first scoring, after which training has no gradients
+                module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+        return get_peft_model(base, lora_config(settings, lora))
 
 
 def compute_dtype(name: str) -> "torch.dtype":
-    """Return the torch dtype of `model.dtype`; `auto` is bfloat16 where this hardware computes it fast, else float32."""
+    """Return the torch dtype of `model.dtype`; `auto` is bfloat16 where this hardware is fast at it, else float32."""
     import torch
 
     if name != "auto":

@@ -1,8 +1,8 @@
 """Client-level differential privacy: clip, add up, noise, account. Knows nothing of Flower.
 
 **Guarantee.** For one release, each client's update is clipped to L2 norm C over all its arrays jointly, the clipped
-updates are summed, N(0, (zC)²) is added to each coordinate, and the noised sum is divided by n, the planned cohort size.
-n is fixed before the round and does not depend on who answers. Two data sets are neighbours if one client's data is
+updates are summed, N(0, (zC)²) is added to each coordinate, and the sum is divided by n, the planned cohort size. n is
+fixed before the round and does not depend on who answers. Two data sets are neighbours if one client's data is
 replaced by nothing (zero-out adjacency); that moves the sum by at most C in L2, so a release is a Gaussian mechanism of
 noise over sensitivity z, and T releases compose to one of z/√T. A client that fails, is late, refuses, or sends a zero,
 non-finite or misshapen update contributes zero, and the release happens all the same.
@@ -95,7 +95,9 @@ class GaussianReleases:
             ],
         }
 
-    def release(self, updates: Iterable[Update], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, NDArray[np.float64]]:
+    def release(
+        self, updates: Iterable[Update], shapes: Mapping[str, tuple[int, ...]]
+    ) -> dict[str, NDArray[np.float64]]:
         """Return the noised mean update, (Σ clip(Δ_i) + N(0, (zC)²)) / n, and count it.
 
         Args:
@@ -195,6 +197,11 @@ def renyi_epsilon(noise_multiplier: float, releases: int, delta: float) -> float
     accountant = RdpAccountant()
     accountant.compose(SelfComposedDpEvent(GaussianDpEvent(noise_multiplier), releases))
     return float(accountant.get_epsilon(delta))
+
+
+def format_epsilon(epsilon: float) -> str:
+    """Return an ε for people: three significant figures below 100, whole above."""
+    return f"{epsilon:,.0f}" if epsilon >= 100 else f"{epsilon:.3g}"
 
 
 def verdict(epsilon: float) -> str:

@@ -1,11 +1,13 @@
-"""Adapters to and from Flower's records."""
+"""What travels in Flower's records: adapters and the numbers of a round."""
 
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from flwr.app import Array, ArrayRecord
+from flwr.app import Array, ArrayRecord, ConfigRecord
 from numpy.typing import NDArray
+
+from fedft.errors import ConfigError
 
 
 def record_from_arrays(adapter: Mapping[str, NDArray[np.floating[Any]]]) -> ArrayRecord:
@@ -20,6 +22,18 @@ def arrays_from_record(record: ArrayRecord) -> dict[str, NDArray[Any]]:
         ValueError: an array's bytes are not a NumPy array.
     """
     return {key: array.numpy() for key, array in record.items()}
+
+
+def number_of(config: ConfigRecord, key: str) -> float:
+    """Return a number that the server sends with a round.
+
+    Raises:
+        ConfigError: it is missing or no number.
+    """
+    value = config.get(key)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ConfigError(f"the server sent {key}={value!r}, not a number; server and node need the same fedft")
+    return value
 
 
 def record_size(record: ArrayRecord) -> int:

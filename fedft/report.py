@@ -63,6 +63,7 @@ def draw_partitions(sizes: Sequence[Mapping[str, int]], title: str, file: Path) 
         RunDirectoryError: the file cannot be written, or its ending is none of these.
     """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     totals: dict[str, int] = {}
     for counts in sizes:
@@ -81,7 +82,7 @@ def draw_partitions(sizes: Sequence[Mapping[str, int]], title: str, file: Path) 
         axes.bar(range(len(sizes)), heights, bottom=bottom, label=name, color=colour, width=0.85)
         bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
     axes.set(title=title, xlabel="partition", ylabel="training rows")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if any(layers):
         axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
     try:

@@ -23,7 +23,7 @@ from fedft.checkpoint import RunDirectory
 from fedft.config import Settings, parse_run_config
 from fedft.errors import ConfigError, FedftError
 from fedft.model import adapter_shapes, fingerprint, initial_adapter, save_adapter
-from fedft.privacy import GaussianReleases, calibrate_noise, verdict
+from fedft.privacy import GaussianReleases, calibrate_noise, format_epsilon, verdict
 from fedft.records import arrays_from_record, record_from_arrays
 from fedft.report import model_card
 from fedft.strategy import ClientLevelDP, CohortFedAvg, RoundReport
@@ -176,7 +176,8 @@ class _Recorder:
         if number:
             parts.append(f"train loss {report.train_loss:.2f}")
         if number and self.releases:
-            parts.append(f"σ {self.releases.sigma:.4g}, ε {self.releases.epsilon:,.4g}, δ {self.releases.delta:g}")
+            spent = format_epsilon(self.releases.epsilon)
+            parts.append(f"σ {self.releases.sigma:.4g}, ε {spent} at δ {self.releases.delta:g}")
         if number:
             parts.append(f"{report.replies} replies, {len(report.failures)} failures")
         _log.info("round %d/%d: %s; %.0f s", number, self.settings.num_server_rounds, "; ".join(parts), seconds)
@@ -215,11 +216,11 @@ def _log_plan(settings: Settings, averaging: CohortFedAvg, nodes: int, releases:
     _log.info(
         "privacy: unit client, zero-out adjacency: C %g, z %.4g, σ %.4g; after %d releases ε %s at δ %g: %s",
         *(releases.clipping_norm, releases.noise_multiplier, releases.sigma, end.releases),
-        *(f"{end.epsilon:,.0f}" if end.epsilon >= 100 else f"{end.epsilon:.3g}", end.delta, verdict(end.epsilon)),
+        *(format_epsilon(end.epsilon), end.delta, verdict(end.epsilon)),
     )
     _log.info(
         "privacy: the simple Rényi account would say ε %s; the noise's norm is %.3g times that of a clipped update",
-        f"{end.renyi_epsilon:,.0f}" if end.renyi_epsilon >= 100 else f"{end.renyi_epsilon:.3g}",
+        format_epsilon(end.renyi_epsilon),
         releases.sigma * math.sqrt(size) / releases.clipping_norm,
     )
 

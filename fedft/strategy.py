@@ -1,8 +1,8 @@
 """Flower strategies of a run: federated averaging over a cohort, and its wrapping in client-level privacy.
 
 The only join of Flower's strategies with `fedft.privacy`. Both classes are Flower `Strategy` objects; `server_app.py`
-calls their hooks round by round. Whatever a node answers is checked here before it counts: an error, a missing reply, or
-an adapter that is misshapen or not finite is a failure with a reason, never an exception.
+calls their hooks round by round. Whatever a node answers is checked here before it counts: an error, a missing reply,
+or an adapter that is misshapen or not finite is a failure with a reason, never an exception.
 """
 
 import logging
@@ -10,13 +10,13 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
-from flwr.clientapp.mod.centraldp_mods import KEY_CLIPPING_NORM
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Strategy
+from flwr.supercore.differential_privacy import KEY_CLIPPING_NORM
 from numpy.typing import NDArray
 
 from fedft.config import StrategySettings
@@ -173,8 +173,8 @@ class CohortFedAvg(FedAvg):
         while len(nodes) < count:
             if time.monotonic() > deadline:
                 raise FederationError(
-                    f"{len(nodes)} nodes are connected after strategy.node-timeout={self.settings.node_timeout:g}s, but "
-                    f"{key}={count}; start more SuperNodes or lower that key"
+                    f"{len(nodes)} nodes are connected after strategy.node-timeout={self.settings.node_timeout:g}s, "
+                    f"but {key}={count}; start more SuperNodes or lower that key"
                 )
             time.sleep(_POLL_SECONDS)
             nodes = list(grid.get_node_ids())
@@ -282,4 +282,3 @@ def _only(records: Mapping[str, _Record], kind: str) -> _Record:
     if len(records) != 1:
         raise ValueError(f"the reply holds {len(records)} {kind}s instead of one")
     return next(iter(records.values()))
-

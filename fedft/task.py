@@ -68,14 +68,10 @@ def train(
     Raises:
         AdapterError: `adapter` does not fit the model, or training made it non-finite or left it unchanged.
     """
-    drawn = draw_examples(
-        [example.length for example in examples], settings, np.random.default_rng([seed, 0xB])
-    )
+    drawn = draw_examples([example.length for example in examples], settings, np.random.default_rng([seed, 0xB]))
     rows = [_training_row(examples[index]) for index in drawn]
     with tempfile.TemporaryDirectory(prefix="fedft-") as scratch:
-        trainer = _make_trainer(
-            model, tokenizer, rows, settings, scratch, learning_rate, gradient_checkpointing, seed
-        )
+        trainer = _make_trainer(model, tokenizer, rows, settings, scratch, learning_rate, gradient_checkpointing, seed)
         try:
             set_adapter(model, adapter)  # after the trainer's own start, which casts the LoRA weights of a 4-bit base
             outcome = trainer.train()
@@ -202,8 +198,10 @@ def _tokens(row: dict[str, list[int]]) -> int:
     return len(row["input_ids"])
 
 
-class _CompletionTrainer(SFTTrainer):  # type: ignore[misc]  # trl is untyped
-    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+class _CompletionTrainer(SFTTrainer):
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
         """Return the mean negative log-likelihood of the completion tokens of all accumulated batches."""
         labels = inputs["labels"][:, 1:]
         where = (labels != _IGNORED).nonzero(as_tuple=True)
