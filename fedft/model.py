@@ -127,7 +127,9 @@ def adapter_shapes(settings: ModelSettings, lora: LoraSettings) -> Mapping[str, 
         with torch.device("meta"):
             skeleton = AutoModelForCausalLM.from_config(config)
         model = get_peft_model(skeleton, lora_config(settings, lora))
-    shapes = {key: tuple(value.shape) for key, value in get_peft_model_state_dict(model).items()}
+    shapes = {
+        key: tuple(value.shape) for key, value in get_peft_model_state_dict(model, save_embedding_layers=False).items()
+    }
     odd = [key for key, shape in shapes.items() if not key.endswith((".lora_A.weight", ".lora_B.weight"))]
     if odd:
         raise ModelError(

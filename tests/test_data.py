@@ -149,8 +149,7 @@ def test_impossible_partitioning_is_one_clear_line(
 ) -> None:
     settings = data(write(tmp_path, ROWS), **changes)
     with pytest.raises(DataError, match=words):
-        for index in range(count):
-            load_split(settings, NodeSettings(index, count), 0)
+        _ = [load_split(settings, NodeSettings(index, count), 0) for index in range(count)]
 
 
 def test_max_examples_limits_the_rows(tmp_path: Path) -> None:
