@@ -1,0 +1,146 @@
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedft.checkpoint import RunDirectory, find_adapter, read_metrics, read_runs, read_state
+from fedft.errors import RunDirectoryError
+
+
+def save(folder: Path) -> None:
+    (folder / "adapter_config.json").write_text("{}")
+
+
+def line(number: int) -> dict[str, Any]:
+    return {"round": number, "eval_loss": float("nan"), "epsilon": float("inf")}
+
+
+def finished_run(folder: Path, rounds: int = 2, run_id: int = 7) -> RunDirectory:
+    run = RunDirectory.create(folder, run_id, {"config": {"seed": 1}})
+    for number in range(rounds + 1):
+        run.finish_round(number, line(number), {"epsilon": 1.0}, save if number else None)
+    return run
+
+
+def test_run_directory_holds_what_the_run_left(tmp_path: Path) -> None:
+    run = finished_run(tmp_path)
+    run.end("completed")
+    state = read_state(run.path)
+    assert run.path.is_absolute()
+    assert run.path.name.endswith("-7")
+    assert (state["status"], state["round"], state["adapter"], state["config"]) == (
+        "completed",
+        2,
+        "peft_2",
+        {"seed": 1},
+    )
+    assert sorted(path.name for path in run.path.iterdir()) == [
+        "metrics.jsonl",
+        "peft_1",
+        "peft_2",
+        "privacy.json",
+        "run.json",
+    ]
+    assert [entry["round"] for entry in read_metrics(run.path)] == [0, 1, 2]
+    assert (tmp_path / "latest").resolve() == run.path
+
+
+def test_files_are_strict_json_whatever_the_numbers(tmp_path: Path) -> None:
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    run = finished_run(tmp_path)
+    text = (run.path / "metrics.jsonl").read_text().splitlines()[0]
+    assert json.loads(text, parse_constant=refuse) == {"round": 0, "eval_loss": None, "epsilon": "inf"}
+
+
+def test_latest_follows_the_newest_run(tmp_path: Path) -> None:
+    finished_run(tmp_path, run_id=1)
+    newest = finished_run(tmp_path, run_id=2)
+    assert (tmp_path / "latest").resolve() == newest.path
+    assert [state["run_id"] for _, state in read_runs(tmp_path)] == [1, 2]
+
+
+@pytest.mark.parametrize("moment", ["adapter", "metrics.jsonl", "privacy.json", "run.json"])
+def test_death_at_any_moment_of_a_round_leaves_the_round_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    run = finished_run(tmp_path, rounds=1)
+    replace = Path.replace
+
+    def die(source: Path, target: Path) -> Path:
+        if target.name == moment:
+            raise KeyboardInterrupt
+        return replace(source, target)
+
+    def die_saving(folder: Path) -> None:
+        save(folder)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "replace", die)
+    with pytest.raises(KeyboardInterrupt):
+        run.finish_round(2, line(2), {"epsilon": 2.0}, die_saving if moment == "adapter" else save)
+    assert read_state(run.path)["round"] == 1
+    assert [entry["round"] for entry in read_metrics(run.path)] == [0, 1]
+    assert find_adapter(run.path, tmp_path).name == "peft_1"
+
+
+def test_adapter_of_a_round_that_left_none_can_be_kept(tmp_path: Path) -> None:
+    run = RunDirectory.create(tmp_path, 7, {})
+    run.finish_round(3, line(3), {}, None)
+    run.keep_adapter(3, save)
+    run.keep_adapter(3, lambda _: pytest.fail("it is there already"))
+    assert find_adapter(Path("latest"), tmp_path) == run.path / "peft_3"
+
+
+def test_run_whose_process_is_gone_is_shown_as_killed(tmp_path: Path) -> None:
+    run = finished_run(tmp_path)
+    assert read_state(run.path)["status"] == "running"
+    child = os.fork()
+    if not child:
+        os._exit(0)
+    os.waitpid(child, 0)
+    run.update(pid=child)
+    assert read_state(run.path)["status"] == "killed"
+
+
+def test_adapter_is_found_by_run_by_name_and_by_folder(tmp_path: Path) -> None:
+    run = finished_run(tmp_path)
+    expected = run.path / "peft_2"
+    assert find_adapter(run.path, Path("/elsewhere")) == expected
+    assert find_adapter(Path(run.path.name), tmp_path) == expected
+    assert find_adapter(run.path / "peft_1", Path("/elsewhere")) == run.path / "peft_1"
+    with pytest.raises(RunDirectoryError, match="neither a run directory nor an adapter"):
+        find_adapter(Path("none"), tmp_path)
+    empty = RunDirectory.create(tmp_path, 8, {})
+    with pytest.raises(RunDirectoryError, match="has no adapter"):
+        find_adapter(empty.path, tmp_path)
+
+
+def test_damaged_run_directory_is_one_clear_line_and_left_out_of_the_list(tmp_path: Path) -> None:
+    run = finished_run(tmp_path)
+    (run.path / "run.json").write_text('{"status": ')
+    with pytest.raises(RunDirectoryError, match=r"cannot read run\.json"):
+        read_state(run.path)
+    assert read_runs(tmp_path) == []
+
+
+def test_unwritable_place_is_one_clear_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunDirectoryError, match=r"cannot write the run directory.*set output-dir"):
+        RunDirectory.create(tmp_path / "file" / "runs", 7, {})
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_full_disk_is_one_clear_line_and_keeps_the_round_before(tmp_path: Path) -> None:
+    run = finished_run(tmp_path, rounds=1)
+
+    def fill(folder: Path) -> None:
+        with Path("/dev/full").open("w") as file:
+            file.write("x" * 100_000)
+
+    with pytest.raises(RunDirectoryError, match="No space left on device; free some space"):
+        run.finish_round(2, line(2), {}, fill)
+    assert read_state(run.path)["round"] == 1
