@@ -15,6 +15,7 @@ from flwr.common.constant import ErrorCode
 from fedft.config import NodeSettings, Settings, parse_node_config, parse_run_config
 from fedft.data import Site, load_site
 from fedft.errors import FedftError
+from fedft.logs import log_like_flower
 from fedft.model import load_model, load_tokenizer, quiet_libraries
 from fedft.records import arrays_from_record, number_of, record_from_arrays
 
@@ -79,6 +80,7 @@ def _answer(
     message: Message, context: Context, handle: Callable[[Message, Settings, NodeSettings], RecordDict]
 ) -> Message:
     """Handle a message; what a user or site got wrong is answered as an error of one line, without a traceback."""
+    log_like_flower()
     quiet_libraries()
     try:
         settings = parse_run_config(context.run_config)

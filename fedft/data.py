@@ -1,4 +1,4 @@
-"""Data sets: read, split, partition, turn into prompts and completions, tokenise.
+"""What a node trains on and is tested on: rows understood, rendered as prompts, tokenised.
 
 The shape everywhere inside fedft, from the first line on:
 
@@ -11,31 +11,20 @@ stratified by `data.partition-by` where that column exists. In a simulation the 
 a partitioner of flwr-datasets, and the test rows in equal shares; a real site splits its own file the same way.
 """
 
-import csv
-import json
-import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import numpy as np
-
-from fedft import builtin
 from fedft.config import DataSettings, NodeSettings
 from fedft.errors import DataError
+from fedft.partition import share_out, split_test
+from fedft.rows import Row, load_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Row = Mapping[str, Any]
-
-_log = logging.getLogger(__name__)
-
-_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 _SCHEMAS = (("instruction", "output"), ("question", "answer"), ("prompt", "completion"), ("prompt", "response"))
-_TEST_SPLIT_KEY = 20_220_324  # any constant: it fixes which rows are held out
 _ALPACA_HEADER = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request."
 )
@@ -145,27 +134,6 @@ def partition_sizes(settings: DataSettings, num_partitions: int, seed: int) -> l
         classes = [str(train[i].get(settings.partition_by, "")) for i in indices]
         sizes.append({name: classes.count(name) for name in sorted(set(classes))})
     return sizes
-
-
-def split_test(rows: Sequence[Row], fraction: float, stratify_by: str) -> tuple[list[Row], list[Row]]:
-    """Split rows into training rows and test rows, `round(fraction * len(rows))` of them, the same at every call.
-
-    Each class of `stratify_by` gives its share up to one row (largest remainders first). Test rows come back shuffled.
-    """
-    total = round(fraction * len(rows))
-    rng = np.random.default_rng(_TEST_SPLIT_KEY)
-    strata: dict[str, list[int]] = {}
-    for index in rng.permutation(len(rows)).tolist():
-        strata.setdefault(str(rows[index].get(stratify_by, "")), []).append(index)
-    shares = {name: fraction * len(members) for name, members in strata.items()}
-    counts = {name: int(share) for name, share in shares.items()}
-    by_remainder = sorted(shares, key=lambda name: (counts[name] - shares[name], name))
-    for name in by_remainder[: max(0, total - sum(counts.values()))]:
-        counts[name] += 1
-    chosen = [index for name, members in strata.items() for index in members[: counts[name]]]
-    held_out = set(chosen)
-    test = [rows[i] for i in rng.permutation(chosen).tolist()]
-    return [row for index, row in enumerate(rows) if index not in held_out], test
 
 
 def tokenize(record: Record, tokenizer: "PreTrainedTokenizerBase", prompt_style: str, max_length: int) -> Example:
@@ -292,166 +260,13 @@ def _source(settings: DataSettings, node: NodeSettings) -> str:
 
 @lru_cache(maxsize=2)
 def _split_rows(settings: DataSettings, source: str) -> tuple[tuple[Row, ...], tuple[Row, ...]]:
-    rows = _load_rows(source, settings.split, settings.max_examples)
+    rows = load_rows(source, settings.split, settings.max_examples)
     train, test = split_test(rows, settings.test_fraction, settings.partition_by)
     if not train:
         raise DataError(f"data.test-fraction={settings.test_fraction:g} leaves none of {len(rows)} rows to train on")
     return tuple(train), tuple(test)
 
 
-def _load_rows(source: str, split: str, limit: int) -> list[Row]:
-    if builtin.is_builtin(source):
-        rows = _read_path(builtin.ensure(source, "data"))
-    elif (path := Path(source).expanduser()).exists():
-        rows = _read_path(path)
-    elif source.startswith(("/", ".", "~")) or source.endswith(_SUFFIXES):
-        raise DataError(f"data path {source!r} does not exist on this machine; give an absolute path that does")
-    else:
-        rows = _read_hub(source, split)
-    if not rows:
-        raise DataError(f"data {source!r} has no rows")
-    if limit and limit < len(rows):
-        keep = np.random.default_rng(_TEST_SPLIT_KEY).permutation(len(rows))[:limit]
-        rows = [rows[i] for i in sorted(keep.tolist())]
-    return rows
-
-
-def _read_path(path: Path) -> list[Row]:
-    files = sorted(f for f in path.iterdir() if f.suffix in _SUFFIXES) if path.is_dir() else [path]
-    if not files:
-        raise DataError(f"data folder {str(path)!r} holds no file that ends in {', '.join(_SUFFIXES)}")
-    rows: list[Row] = []
-    for file in files:
-        if file.suffix not in _SUFFIXES:
-            raise DataError(f"data file {str(file)!r} must end in one of {', '.join(_SUFFIXES)}")
-        try:
-            rows += _READERS[file.suffix](file)
-        except (OSError, UnicodeDecodeError, ValueError, csv.Error) as error:  # pyarrow's errors are ValueErrors
-            raise DataError(f"cannot read data file {str(file)!r} as {file.suffix[1:]}: {error}") from error
-    if len({frozenset(row) for row in rows}) > 1 and len(files) > 1:
-        raise DataError(f"the files in {str(path)!r} have different columns; make them alike, or name one file")
-    return rows
-
-
-def _read_jsonl(file: Path) -> list[Row]:
-    rows = []
-    with file.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                try:
-                    rows.append(json.loads(line))
-                except json.JSONDecodeError as error:
-                    raise ValueError(f"line {number} is not JSON: {error}") from error
-    return _objects(rows)
-
-
-def _read_json(file: Path) -> list[Row]:
-    return _objects(json.loads(file.read_text(encoding="utf-8")))
-
-
-def _objects(rows: object) -> list[Row]:
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise ValueError("it must hold a list of objects")
-    return rows
-
-
-def _read_csv(file: Path) -> list[Row]:
-    with file.open(encoding="utf-8-sig", newline="") as lines:
-        return list(csv.DictReader(lines, strict=True))
-
-
-def _read_parquet(file: Path) -> list[Row]:
-    import pyarrow.parquet
-
-    return list(pyarrow.parquet.read_table(file).to_pylist())
-
-
-_READERS: dict[str, Callable[[Path], list[Row]]] = {
-    ".jsonl": _read_jsonl,
-    ".json": _read_json,
-    ".csv": _read_csv,
-    ".parquet": _read_parquet,
-}
-
-
-def _read_hub(name: str, split: str) -> list[Row]:
-    import datasets
-
-    datasets.disable_progress_bars()
-    try:
-        return list(datasets.load_dataset(name, split=split).to_list())
-    except Exception as error:  # the Hub client raises a dozen unrelated types
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise DataError(
-            f"cannot load data.name={name!r}, data.split={split!r} from the Hub: {reason}; check both and the network, "
-            f"or use a local path or {', '.join(builtin.names('data'))}"
-        ) from error
-
-
 @lru_cache(maxsize=2)
 def _partitions(settings: DataSettings, source: str, count: int, seed: int) -> tuple[tuple[int, ...], ...]:
-    """Return each partition's indices into the training rows."""
-    train, _ = _split_rows(settings, source)
-    if count == 1:
-        return (tuple(range(len(train))),)
-    if count > len(train):
-        raise DataError(
-            f"{count} SuperNodes cannot share the {len(train)} training rows; use at most that many SuperNodes, "
-            "or raise data.max-examples"
-        )
-    column = settings.partition_by
-    if settings.partitioner in ("dirichlet", "natural") and column not in train[0]:
-        raise DataError(
-            f"data.partition-by={column!r} is not in the data, which has {sorted(train[0])}; "
-            f"data.partitioner={settings.partitioner!r} needs it"
-        )
-    order = np.random.default_rng(seed).permutation(len(train)).tolist()
-    classes = [str(train[i].get(column, "")) for i in order]
-    if settings.partitioner == "natural":
-        parts = _deal_groups(classes, count, column)
-    else:
-        parts = _flwr_partitions(settings, classes, count, seed)
-    return tuple(tuple(order[position] for position in part) for part in parts)
-
-
-def _deal_groups(classes: list[str], count: int, column: str) -> list[list[int]]:
-    """Give each partition whole classes: the largest class first, always to the smallest partition."""
-    groups: dict[str, list[int]] = {}
-    for position, name in enumerate(classes):
-        groups.setdefault(name, []).append(position)
-    if count > len(groups):
-        raise DataError(
-            f"data.partition-by={column!r} has {len(groups)} distinct values, fewer than the {count} SuperNodes; "
-            "use at most that many, or another data.partitioner"
-        )
-    parts: list[list[int]] = [[] for _ in range(count)]
-    for name in sorted(groups, key=lambda group: (-len(groups[group]), group)):
-        min(parts, key=len).extend(groups[name])
-    return parts
-
-
-def _flwr_partitions(settings: DataSettings, classes: list[str], count: int, seed: int) -> list[list[int]]:
-    from datasets import Dataset, disable_progress_bars
-    from flwr_datasets import partitioner
-
-    disable_progress_bars()
-    sized = {
-        "iid": partitioner.IidPartitioner,
-        "linear": partitioner.LinearPartitioner,
-        "square": partitioner.SquarePartitioner,
-        "exponential": partitioner.ExponentialPartitioner,
-    }
-    if settings.partitioner == "dirichlet":
-        splitter = partitioner.DirichletPartitioner(
-            count, "class", settings.alpha, min_partition_size=0, self_balancing=False, seed=seed
-        )
-    else:
-        splitter = sized[settings.partitioner](count)
-    splitter.dataset = Dataset.from_dict({"position": list(range(len(classes))), "class": classes})
-    try:
-        return [list(splitter.load_partition(index)["position"]) for index in range(count)]
-    except ValueError as error:
-        raise DataError(
-            f"data.partitioner={settings.partitioner!r} cannot share {len(classes)} training rows among {count} "
-            f"SuperNodes: {str(error).splitlines()[0]}; use fewer SuperNodes or another partitioner"
-        ) from error
+    return share_out(settings, _split_rows(settings, source)[0], count, seed)

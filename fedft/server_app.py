@@ -22,6 +22,7 @@ from fedft import builtin
 from fedft.checkpoint import RunDirectory
 from fedft.config import Settings, parse_run_config
 from fedft.errors import ConfigError, FedftError
+from fedft.logs import log_like_flower
 from fedft.model import adapter_shapes, fingerprint, initial_adapter, save_adapter
 from fedft.privacy import GaussianReleases, calibrate_noise, format_epsilon, verdict
 from fedft.records import arrays_from_record, record_from_arrays
@@ -40,7 +41,7 @@ def main(grid: Grid, context: Context) -> None:
     Raises:
         FedftError: the run failed for a reason its message states; the log and `run.json` hold it too.
     """
-    _log_like_flower()
+    log_like_flower()
     try:
         _main(grid, context)
     except FedftError as error:
@@ -180,6 +181,7 @@ class _Recorder:
             parts.append(f"σ {self.releases.sigma:.4g}, ε {spent} at δ {self.releases.delta:g}")
         if number:
             parts.append(f"{report.replies} replies, {len(report.failures)} failures")
+        parts = parts or ["not evaluated"]
         _log.info("round %d/%d: %s; %.0f s", number, self.settings.num_server_rounds, "; ".join(parts), seconds)
         for reason in dict.fromkeys(report.failures):
             _log.warning("round %d: %s", number, reason)
@@ -190,7 +192,13 @@ def _plan_privacy(settings: Settings, cohort_size: int) -> GaussianReleases | No
     if dp.unit == "none":
         return None
     z = calibrate_noise(dp.target_epsilon, settings.num_server_rounds, dp.delta) if dp.target_epsilon else None
-    return GaussianReleases(dp.clipping_norm, dp.noise_multiplier if z is None else z, cohort_size, dp.delta)
+    releases = GaussianReleases(dp.clipping_norm, dp.noise_multiplier if z is None else z, cohort_size, dp.delta)
+    if dp.max_epsilon and releases.next_epsilon > dp.max_epsilon:
+        raise ConfigError(
+            f"run-config dp.max-epsilon={dp.max_epsilon:g} allows not one round: a single release at noise multiplier "
+            f"{releases.noise_multiplier:g} has ε {format_epsilon(releases.next_epsilon)}; raise one or the other"
+        )
+    return releases
 
 
 def _is_evaluated(settings: Settings, number: int) -> bool:
@@ -242,18 +250,3 @@ def _output_dir(settings: Settings) -> Path:
             "the local SuperLink was started"
         )
     return folder
-
-
-def _log_like_flower() -> None:
-    """Send fedft's log where Flower's goes, and keep tracebacks for bugs: a `FedftError` says all in one line."""
-    flower, own = logging.getLogger("flwr"), logging.getLogger("fedft")
-    own.handlers, own.propagate = flower.handlers, False
-    own.setLevel(logging.INFO)
-    if _drop_traceback not in flower.filters:
-        flower.addFilter(_drop_traceback)
-
-
-def _drop_traceback(record: logging.LogRecord) -> bool:
-    if record.exc_info and isinstance(record.exc_info[1], FedftError):
-        record.exc_info = None
-    return True

@@ -1,5 +1,6 @@
 """The README and docs say what the code does: tables and commands are compared with their source."""
 
+import itertools
 import re
 import shlex
 import subprocess
@@ -46,7 +47,9 @@ def test_every_fedft_command_in_the_docs_exists_with_its_options() -> None:
     for page in PAGES:
         for line in re.findall(r"^(?:\$ )?fedft (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE):
             name, *arguments = shlex.split(line, comments=True)
-            options = {option for parameter in commands[name].params for option in parameter.opts + parameter.secondary_opts}
+            options = {
+                option for parameter in commands[name].params for option in parameter.opts + parameter.secondary_opts
+            }
             assert {word for word in arguments if word.startswith("--")} <= options, line
             found.add(name)
     assert found == set(commands)
@@ -60,7 +63,7 @@ def test_every_run_config_in_the_docs_is_accepted() -> None:
         text = page.read_text(encoding="utf-8").replace("\\\n", " ")
         for line in re.findall(r"^flwr run .*$", text, re.MULTILINE):
             words = shlex.split(line, comments=True)
-            for flag, value in zip(words, words[1:], strict=False):
+            for flag, value in itertools.pairwise(words):
                 if flag == "--run-config":
                     value = str(PROJECT / value) if value.endswith(".toml") else value
                     parse_run_config(default_run_config() | parse_config_args([value]))

@@ -5,7 +5,8 @@ import pytest
 from conftest import make_settings
 
 from fedft.errors import ConfigError
-from fedft.server_app import _drop_traceback, _output_dir, _plan_privacy, learning_rate
+from fedft.logs import drop_traceback
+from fedft.server_app import _output_dir, _plan_privacy, learning_rate
 
 
 def test_learning_rate_is_half_a_cosine_over_the_rounds() -> None:
@@ -39,5 +40,5 @@ def test_relative_output_dir_is_refused() -> None:
 def test_tracebacks_are_kept_for_bugs() -> None:
     for error, kept in ((ConfigError("x"), False), (ValueError("x"), True)):
         record = logging.LogRecord("flwr", logging.ERROR, "", 0, "", (), (type(error), error, None))
-        assert _drop_traceback(record)
+        assert drop_traceback(record)
         assert bool(record.exc_info) == kept
