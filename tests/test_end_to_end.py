@@ -4,13 +4,9 @@ Each test has its own FLWR_HOME, HOME and free ports, and ends the SuperLink it 
 """
 
 import json
-import os
 import re
-import signal
-import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,72 +14,12 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import PROJECT
+from flower import Flower, read_run
 
 from fedft import builtin
 from fedft.privacy import gaussian_epsilon
 
 pytestmark = pytest.mark.e2e
-
-
-class Flower:
-    """A Flower installation of one test: runs the app and reads how it ended."""
-
-    def __init__(self, folder: Path) -> None:
-        self.home = folder / "flwr"
-        self.runs = folder / "runs"
-        self.env = {
-            **os.environ,
-            "HOME": str(folder),
-            "FLWR_HOME": str(self.home),
-            "FEDFT_HOME": str(builtin.home()),
-            "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": str(free_port()),
-            "FLWR_LOCAL_CONTROL_API_PORT": str(free_port()),
-            "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-            "FLWR_TELEMETRY_ENABLED": "0",
-            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        }
-
-    def flwr(self, *arguments: str, timeout: float = 60) -> str:
-        done = subprocess.run(
-            ["flwr", *arguments], cwd=PROJECT, env=self.env, capture_output=True, text=True, timeout=timeout, check=True
-        )
-        return done.stdout
-
-    def start(self, federation: str = "", **overrides: Any) -> str:
-        overrides = {"output-dir": str(self.runs), **overrides}
-        values = " ".join(f"{key}={value!r}" for key, value in overrides.items())
-        extra = ["--federation-config", federation] if federation else []
-        answer = json.loads(self.flwr("run", ".", "--format", "json", "--run-config", values, *extra))
-        return str(answer["run-id"])
-
-    def wait(self, run_id: str, seconds: float) -> tuple[str, str]:
-        """Return how a run ended and its whole log."""
-        deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline:
-            (row,) = json.loads(self.flwr("ls", "--run-id", run_id, "--format", "json"))["runs"]
-            if row["status"].startswith("finished"):
-                return row["status"], self.flwr("log", run_id, "--show")
-            time.sleep(2)
-        raise TimeoutError(f"run {run_id} did not end in {seconds} s:\n{self.flwr('log', run_id, '--show')}")
-
-    def directory(self) -> Path:
-        return (self.runs / "latest").resolve()
-
-    def stop(self) -> None:
-        """End the SuperLink, found by its database, and the processes below it."""
-        database = str(self.home / "local-superlink" / "state.db").encode()
-        for entry in Path("/proc").glob("[0-9]*"):
-            try:
-                if database in (entry / "cmdline").read_bytes().split(b"\0"):
-                    os.kill(int(entry.name), signal.SIGTERM)
-            except (OSError, ValueError):
-                continue
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.fixture(scope="module")
@@ -104,28 +40,25 @@ def rows(tmp_path: Path) -> Path:
     return file
 
 
-def read_run(directory: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    state = json.loads((directory / "run.json").read_text())
-    return state, [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-
-
 @pytest.mark.builtin
 def test_built_in_model_learns_from_built_in_data_under_noise(flower: Flower) -> None:
-    run_id = flower.start(**{"num-server-rounds": 2, "train.max-steps": 4, "eval.examples": 16})
+    run_id = flower.start(
+        **{"output-dir": str(flower.runs), "num-server-rounds": 2, "train.max-steps": 4, "eval.examples": 16}
+    )
     status, log = flower.wait(run_id, 400)
     assert status == "finished:completed", log
-    state, metrics = read_run(flower.directory())
+    state, metrics = read_run(flower.latest())
     assert (state["status"], state["round"], state["run_id"]) == ("completed", 2, int(run_id))
     assert state["base_model"].startswith("sha256 ")
     assert [line["round"] for line in metrics] == [0, 1, 2]
     assert metrics[-1]["eval_loss"] < metrics[0]["eval_loss"] - 1.0
     assert [(line["replies"], line["failures"]) for line in metrics[1:]] == [(2, 0)] * 2
     assert metrics[-1]["epsilon"] == pytest.approx(gaussian_epsilon(0.02, 2, 1e-5))
-    privacy = json.loads((flower.directory() / "privacy.json").read_text())
+    privacy = json.loads((flower.latest() / "privacy.json").read_text())
     assert (privacy["unit"], privacy["releases"]) == ("client", 2)
-    for words in ("σ 0.01", "this protects nobody", f"adapter: {flower.directory() / 'peft_2'}", "round 2/2"):
+    for words in ("σ 0.01", "this protects nobody", f"adapter: {flower.latest() / 'peft_2'}", "round 2/2"):
         assert words in log
-    check_adapter_in_plain_peft(flower.directory() / "peft_2")
+    check_adapter_in_plain_peft(flower.latest() / "peft_2")
 
 
 def check_adapter_in_plain_peft(adapter: Path) -> None:
@@ -155,17 +88,14 @@ def test_notebook_preset_runs_on_local_copies_of_the_same_shapes(
     file = rows.parent / "notebook.toml"
     file.write_text(f'output-dir = "{flower.runs}"\n{preset}')
     nodes = "num-supernodes=20 client-resources-num-cpus=1"
-    answer = json.loads(
-        flower.flwr("run", ".", "--format", "json", "--run-config", str(file), "--federation-config", nodes)
-    )
-    status, log = flower.wait(str(answer["run-id"]), 300)
+    status, log = flower.wait(flower.start(nodes, run_config=str(file)), 300)
     assert status == "finished:completed", log
     assert "σ 0.0025, ε 13,173 at δ 1e-05; 4 replies, 0 failures" in log
     assert "the simple Rényi account would say ε 13,862" in log
     assert "this protects nobody" in log
-    state, metrics = read_run(flower.directory())
+    state, metrics = read_run(flower.latest())
     assert [line["cohort"] for line in metrics] == [0, *[4] * 10]
-    assert {path.name for path in flower.directory().glob("peft_*")} == {"peft_5", "peft_10"}
+    assert {path.name for path in flower.latest().glob("peft_*")} == {"peft_5", "peft_10"}
     assert state["config"]["model"]["quantization"] == bits
 
 
@@ -176,6 +106,7 @@ def test_same_seed_without_privacy_gives_the_same_adapter(flower: Flower, llama_
     for _ in range(2):
         run_id = flower.start(
             **{
+                "output-dir": str(flower.runs),
                 "model.name": str(llama_folder),
                 "data.name": str(rows),
                 "data.prompt-style": "alpaca",
@@ -188,7 +119,7 @@ def test_same_seed_without_privacy_gives_the_same_adapter(flower: Flower, llama_
         status, log = flower.wait(run_id, 200)
         assert status == "finished:completed", log
         assert "privacy: none" in log
-        adapters.append(load_file(flower.directory() / "peft_2" / "adapter_model.safetensors"))
+        adapters.append(load_file(flower.latest() / "peft_2" / "adapter_model.safetensors"))
     assert all(np.array_equal(adapters[0][key], adapters[1][key]) for key in adapters[0])
 
 
@@ -204,7 +135,9 @@ def test_same_seed_without_privacy_gives_the_same_adapter(flower: Flower, llama_
 def test_users_mistake_ends_the_run_as_failed_with_one_clear_line_and_no_traceback(
     flower: Flower, llama_folder: Path, rows: Path, overrides: dict[str, Any], line: str
 ) -> None:
-    run_id = flower.start(**{"model.name": str(llama_folder), "data.name": str(rows), **overrides})
+    run_id = flower.start(
+        **{"output-dir": str(flower.runs), "model.name": str(llama_folder), "data.name": str(rows), **overrides}
+    )
     status, log = flower.wait(run_id, 200)
     assert status == "finished:failed"
     assert line in log
@@ -216,6 +149,7 @@ def test_epsilon_limit_stops_the_run_before_the_round_that_would_exceed_it(
 ) -> None:
     run_id = flower.start(
         **{
+            "output-dir": str(flower.runs),
             "model.name": str(llama_folder),
             "data.name": str(rows),
             "num-server-rounds": 5,
@@ -227,7 +161,7 @@ def test_epsilon_limit_stops_the_run_before_the_round_that_would_exceed_it(
     )
     status, log = flower.wait(run_id, 200)
     assert status == "finished:completed", log
-    state, metrics = read_run(flower.directory())
+    state, metrics = read_run(flower.latest())
     assert (state["status"], state["adapter"]) == ("stopped", "peft_2")
     assert state["why"] == "round 3 would exceed dp.max-epsilon=7"
     assert metrics[-1]["epsilon"] == pytest.approx(gaussian_epsilon(1.0, 2, 1e-5))
