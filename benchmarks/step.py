@@ -2,8 +2,8 @@
 
     python benchmarks/step.py [--batch-size 8] [--steps 12] [--repeats 3] [--output FILE]
 
-Both train the same examples of the built-in data on the built-in model, with the same tokens, rate and adapter. The stock
-trainer has its defaults, except that gradient checkpointing, which costs it a third more, is off.
+Both train the same examples of the built-in data on the built-in model, with the same tokens, rate and adapter. The
+stock trainer has its defaults, except that gradient checkpointing, which costs it a third more, is off.
 
 The floor is the time of the model's own matrix products alone, at the rate measured in the same run: for each useful
 token (padding is not), a product with every linear layer forward and one backward (the base is frozen: no weight

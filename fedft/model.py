@@ -4,6 +4,7 @@ An adapter is a dictionary from PEFT's state-dict keys to float32 arrays, sorted
 noised, averaged and saved. Base model and tokenizer are loaded once per process.
 """
 
+import gc
 import hashlib
 import logging
 import math
@@ -79,7 +80,10 @@ def load_model(settings: ModelSettings, lora: LoraSettings) -> "PeftModel":
             if hasattr(module, "support_avx512bf16_for_cpu"):
                 # bitsandbytes would repack 4-bit weights at the first scoring, after which training has no gradients
                 module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
-        return get_peft_model(base, lora_config(settings, lora))
+        model = get_peft_model(base, lora_config(settings, lora))
+    gc.collect()
+    gc.freeze()  # the trainer collects garbage at every start; the model and the libraries would be walked each time
+    return model
 
 
 def compute_dtype(name: str) -> "torch.dtype":

@@ -196,3 +196,20 @@ def test_training_runs_on_a_gpu(llama_folder: Path, bits: int) -> None:
     settings, model, adapter = setup(llama_folder, model__quantization=bits, model__dtype="bfloat16")
     assert model.device.type == "cuda"
     assert train(settings, model, adapter).steps == 3
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU keeps its fused attention")
+def test_attention_follows_the_size_of_the_batch_and_gives_the_same_loss(llama_folder: Path) -> None:
+    _, model, _ = setup(llama_folder)
+    model.eval()
+    losses = []
+    for rows, limit in ((2, task._PLAIN_ATTENTION_SCORES), (2, 0)):
+        ids = torch.arange(40).repeat(rows, 1)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(task, "_PLAIN_ATTENTION_SCORES", limit)
+            task._choose_attention(model, ids)
+        losses.append(
+            float(task.token_nll(model, ids, (torch.zeros(39).long(), torch.arange(39)), ids[0, 1:]).detach().sum())
+        )
+        assert model.config._attn_implementation == ("eager" if limit else "sdpa")
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
