@@ -13,7 +13,7 @@ from fedft import task
 from fedft.config import Settings
 from fedft.data import Example
 from fedft.errors import AdapterError
-from fedft.model import Adapter, initial_adapter, load_model, load_tokenizer
+from fedft.model import Adapter, initial_adapter, load_model, load_tokenizer, set_adapter
 
 
 def setup(folder: Path, **changes: Any) -> tuple[Settings, PeftModel, Adapter]:
@@ -87,8 +87,6 @@ def test_training_loss_equals_the_stock_trainers_on_the_same_batches(model_folde
     from datasets import Dataset
     from transformers import PrinterCallback
     from trl import SFTConfig, SFTTrainer
-
-    from fedft.model import set_adapter
 
     settings, model, adapter = setup(model_folder)
     ours = train(settings, model, adapter)
@@ -200,7 +198,8 @@ def test_training_runs_on_a_gpu(llama_folder: Path, bits: int) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU keeps its fused attention")
 def test_attention_follows_the_size_of_the_batch_and_gives_the_same_loss(llama_folder: Path) -> None:
-    _, model, _ = setup(llama_folder)
+    _, model, adapter = setup(llama_folder)
+    set_adapter(model, adapter)
     model.eval()
     losses = []
     for rows, limit in ((2, task._PLAIN_ATTENTION_SCORES), (2, 0)):
