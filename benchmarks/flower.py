@@ -61,13 +61,17 @@ class Flower:
         Raises:
             TimeoutError: it did not end in time.
         """
-        deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline:
+        try:
+            log = self.flwr(
+                "log", run_id, "--stream", timeout=seconds
+            )  # ends with the run, and costs no time till then
+        except subprocess.TimeoutExpired as error:
+            raise TimeoutError(f"run {run_id} did not end in {seconds} s:\n{error.output}") from None
+        while True:
             (row,) = json.loads(self.flwr("ls", "--run-id", run_id, "--format", "json"))["runs"]
             if row["status"].startswith("finished"):
-                return row["status"], self.flwr("log", run_id, "--show")
+                return row["status"], log
             time.sleep(1)
-        raise TimeoutError(f"run {run_id} did not end in {seconds} s:\n{self.flwr('log', run_id, '--show')}")
 
     def latest(self) -> Path:
         """Return the newest run directory."""

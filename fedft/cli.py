@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fedft import builtin
-from fedft.errors import ConfigError, FedftError
+from fedft.errors import ConfigError, FedftError, RunDirectoryError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -59,13 +59,15 @@ def runs(output_dir: RunsDir = None) -> None:
     for column in ("run", "status", "round", "loss", "acc.", "ε"):
         table.add_column(column, no_wrap=True)
     for path, state in found:
-        lines = read_metrics(path)
-        rounds = f"{state['round'] or 0}/{state['config']['num_server_rounds']}"
-        table.add_row(path.name, state["status"], rounds, *_summary(lines))
+        try:
+            rounds = f"{state['round'] or 0}/{state['config']['num_server_rounds']}"
+            table.add_row(path.name, state["status"], rounds, *_summary(read_metrics(path)))
+        except (RunDirectoryError, KeyError, TypeError):
+            table.add_row(path.name, "damaged", "", "", "", "")
     _out.print(folder, highlight=False, soft_wrap=True)
     _out.print(table)
     for path, state in found:
-        if state["why"]:
+        if state.get("why"):
             _out.print(f"{path.name} {state['status']}: {state['why']}", markup=False, highlight=False, soft_wrap=True)
 
 

@@ -11,6 +11,7 @@ stratified by `data.partition-by` where that column exists. In a simulation the 
 a partitioner of flwr-datasets, and the test rows in equal shares; a real site splits its own file the same way.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -23,6 +24,8 @@ from fedft.rows import Row, load_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+_log = logging.getLogger(__name__)
 
 _SCHEMAS = (("instruction", "output"), ("question", "answer"), ("prompt", "completion"), ("prompt", "response"))
 _ALPACA_HEADER = (
@@ -94,7 +97,12 @@ def load_site(
     tokenizer = load_tokenizer()
 
     def examples(rows: Sequence[Row], with_options: bool) -> tuple[Example, ...]:
-        records = (_record(row, columns, with_options) for row in rows if _is_usable(row, columns))
+        usable = [row for row in rows if _is_usable(row, columns)]
+        if len(usable) < len(rows):
+            _log.warning(
+                "%d of %d rows lack a prompt or a response and are left out", len(rows) - len(usable), len(rows)
+            )
+        records = (_record(row, columns, with_options) for row in usable)
         return tuple(tokenize(record, tokenizer, settings.prompt_style, max_length) for record in records)
 
     site = Site(train=examples(train, with_options=False), test=examples(test, with_options=True))

@@ -64,7 +64,7 @@ def _read_path(path: Path) -> list[Row]:
 
 def _read_jsonl(file: Path) -> list[Row]:
     rows = []
-    with file.open(encoding="utf-8") as lines:
+    with file.open(encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip():
                 try:
@@ -75,7 +75,7 @@ def _read_jsonl(file: Path) -> list[Row]:
 
 
 def _read_json(file: Path) -> list[Row]:
-    return _objects(json.loads(file.read_text(encoding="utf-8")))
+    return _objects(json.loads(file.read_text(encoding="utf-8-sig")))
 
 
 def _objects(rows: object) -> list[Row]:

@@ -64,11 +64,7 @@ class CohortFedAvg(FedAvg):
     """
 
     def __init__(self, settings: StrategySettings, shapes: Mapping[str, tuple[int, ...]], seed: int) -> None:
-        super().__init__(
-            fraction_train=settings.fraction_train,
-            fraction_evaluate=settings.fraction_evaluate or 1.0,
-            min_available_nodes=settings.min_available_nodes,
-        )
+        super().__init__(fraction_train=settings.fraction_train, min_available_nodes=settings.min_available_nodes)
         self.settings = settings
         self.shapes = shapes
         self.seed = seed

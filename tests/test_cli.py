@@ -59,6 +59,14 @@ def test_runs_says_how_to_start_one_and_then_lists_them(tmp_path: Path, llama_fo
     assert f"{directory.path.name} failed: no [node] came" in output
 
 
+def test_runs_lists_the_others_when_one_is_damaged(tmp_path: Path, llama_folder: Path) -> None:
+    make_run(tmp_path / "home", llama_folder)
+    damaged = RunDirectory.create(tmp_path / "home" / "runs", 8, {})
+    output = run("runs")
+    assert "6.50 → 4.25" in output
+    assert f"{damaged.path.name} damaged" in output
+
+
 def test_generate_puts_the_base_models_answer_beside_the_adapters(tmp_path: Path, llama_folder: Path) -> None:
     directory = make_run(tmp_path / "home", llama_folder)
     output = run("generate", "low glucose?", "--max-new-tokens", "5", "--sample", "--seed", "3")

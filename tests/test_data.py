@@ -56,6 +56,13 @@ def test_folder_reads_all_its_files(tmp_path: Path) -> None:
     assert (len(train), test) == (3, [])
 
 
+def test_byte_order_mark_is_no_part_of_the_data(tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_text(json.dumps(ROWS[0]), encoding="utf-8-sig")
+    train, _ = load_split(data(str(file), test_fraction=0.0), NodeSettings(), 0)
+    assert train == [ROWS[0]]
+
+
 def test_data_path_of_a_site_wins_over_the_runs_data(tmp_path: Path) -> None:
     node = NodeSettings(data_path=write(tmp_path, ROWS))
     train, test = load_split(data("some/hub-data"), node, 0)
