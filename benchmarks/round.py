@@ -3,9 +3,9 @@
     python benchmarks/round.py [--nodes 2] [--cohort 2] [--steps 8] [--batch-size 8] [--rounds 4] [--actors 1]
 
 Runs of the app and of the loop alternate; rounds after the first count, for in the first every process loads the model.
-Nothing is evaluated. The loop is a for-statement over the cohort's batches: forward, backward, AdamW, the same loss, no
-trainer, no messages, no clipping. `--nodes 20 --cohort 4 --steps 1 --batch-size 2` is the workload of Flower's
-FlowerTune example.
+Nothing is evaluated. The loop is a for-statement over the cohort's batches: forward, backward, AdamW, with the same loss
+and attention, no trainer, no messages, no clipping. `--nodes 20 --cohort 4 --steps 1 --batch-size 2` is the workload of
+Flower's FlowerTune example.
 """
 
 import argparse
@@ -101,6 +101,7 @@ def bare_rounds(settings: Settings, nodes: int, cohort: int, rounds: int) -> lis
                 batch = task._collate([task._training_row(site.train[i]) for i in drawn[start : start + size]])
                 labels = batch["labels"][:, 1:].to(device)
                 where = (labels != -100).nonzero(as_tuple=True)
+                task._choose_attention(model, batch["input_ids"])
                 loss = task.token_nll(model, batch["input_ids"].to(device), where, labels[where]).mean()
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(parameters, 1.0)
