@@ -3,7 +3,7 @@
     python benchmarks/round.py [--nodes 2] [--cohort 2] [--steps 8] [--batch-size 8] [--rounds 4] [--actors 1]
 
 Runs of the app and of the loop alternate; rounds after the first count, for in the first every process loads the model.
-Nothing is evaluated. The loop is a for-statement over the cohort's batches: forward, backward, AdamW, with the same loss
+Nothing is evaluated. The loop is a for-statement over the cohort's batches: forward, backward, AdamW, the same loss
 and attention, no trainer, no messages, no clipping. `--nodes 20 --cohort 4 --steps 1 --batch-size 2` is the workload of
 Flower's FlowerTune example.
 """
