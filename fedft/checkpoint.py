@@ -141,10 +141,14 @@ class RunDirectory:
         scratch = self.path / f".peft_{number}.tmp"
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir()
-        save_adapter(scratch)
-        for file in scratch.iterdir():
-            _sync(file)
-        scratch.rename(target)
+        try:
+            save_adapter(scratch)
+            for file in scratch.iterdir():
+                _sync(file)
+            scratch.rename(target)
+        except OSError:
+            shutil.rmtree(scratch, ignore_errors=True)  # leaves room on a full disk for saying so in run.json
+            raise
         return target
 
     def _write_state(self) -> None:
@@ -246,6 +250,9 @@ def _sync(path: Path) -> None:
 
 
 def _is_alive(pid: int) -> bool:
+    stat = Path(f"/proc/{pid}/stat")
+    if stat.exists() and stat.read_text(encoding="utf-8").rpartition(")")[2].split()[0] == "Z":
+        return False  # dead, and not yet reaped by its parent
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

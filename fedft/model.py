@@ -219,14 +219,19 @@ def get_adapter(model: "PeftModel") -> Adapter:
 
 
 def save_adapter(folder: Path, adapter: Adapter, settings: ModelSettings, lora: LoraSettings) -> None:
-    """Write a plain PEFT adapter: `adapter_config.json` and `adapter_model.safetensors`."""
-    from safetensors.numpy import save_file
+    """Write a plain PEFT adapter: `adapter_config.json` and `adapter_model.safetensors`.
+
+    Raises:
+        OSError: the files cannot be written.
+    """
+    from safetensors.numpy import save
 
     config = lora_config(settings, lora)
     config.inference_mode = True
     config.target_modules = sorted({key.removesuffix(".weight").split(".")[-2] for key in adapter})
     config.save_pretrained(str(folder))
-    save_file(adapter, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    content = save(adapter, metadata={"format": "pt"})  # not save_file: it reports a full disk as an error of its own
+    (folder / "adapter_model.safetensors").write_bytes(content)
 
 
 @contextmanager

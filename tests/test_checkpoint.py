@@ -101,8 +101,10 @@ def test_run_whose_process_is_gone_is_shown_as_killed(tmp_path: Path) -> None:
     child = os.fork()
     if not child:
         os._exit(0)
-    os.waitpid(child, 0)
     run.update(pid=child)
+    os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)  # dead, but not reaped
+    assert read_state(run.path)["status"] == "killed"
+    os.waitpid(child, 0)
     assert read_state(run.path)["status"] == "killed"
 
 
@@ -144,3 +146,4 @@ def test_full_disk_is_one_clear_line_and_keeps_the_round_before(tmp_path: Path) 
     with pytest.raises(RunDirectoryError, match="No space left on device; free some space"):
         run.finish_round(2, line(2), {}, fill)
     assert read_state(run.path)["round"] == 1
+    assert not list(run.path.glob(".peft*"))
