@@ -26,8 +26,6 @@ from fedft.errors import RunDirectoryError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-STATUSES = ("running", "completed", "stopped", "failed")
-
 
 @dataclass
 class RunDirectory:
@@ -127,7 +125,7 @@ class RunDirectory:
             self._write_state()
 
     def end(self, status: str, why: str = "") -> None:
-        """Record how the run ended: one of `STATUSES`, and the reason unless it is `completed`.
+        """Record how the run ended: completed, stopped or failed, and the reason unless it is completed.
 
         Raises:
             RunDirectoryError: the folder cannot be written.
