@@ -9,6 +9,11 @@ class FedftError(Exception):
     """Base of all of fedft's own exceptions."""
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of a library's error, for a message of one line; its type's name where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 class ConfigError(FedftError):
     """A run-config or node-config value has the wrong type, is out of range, or contradicts another."""
 

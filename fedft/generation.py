@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedft import builtin
 from fedft.data import render_prompt
-from fedft.errors import AdapterError, ModelError
+from fedft.errors import AdapterError, ModelError, first_line
 from fedft.model import compute_dtype, quiet_libraries
 
 if TYPE_CHECKING:
@@ -56,11 +56,11 @@ def load_tuned(adapter: Path) -> Tuned:
         tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
         model = AutoModelForCausalLM.from_pretrained(source, revision=revision, dtype=compute_dtype("auto"))
     except Exception as error:  # transformers raises a dozen unrelated types
-        raise ModelError(f"cannot load the base model {base!r} of {str(adapter)!r}: {_first_line(error)}") from error
+        raise ModelError(f"cannot load the base model {base!r} of {str(adapter)!r}: {first_line(error)}") from error
     try:
         tuned = PeftModel.from_pretrained(model, str(adapter))
     except Exception as error:  # so does peft
-        raise AdapterError(f"cannot put the adapter {str(adapter)!r} on {base!r}: {_first_line(error)}") from error
+        raise AdapterError(f"cannot put the adapter {str(adapter)!r} on {base!r}: {first_line(error)}") from error
     return Tuned(tuned.eval(), tokenizer, prompt_style, base)
 
 
@@ -105,7 +105,3 @@ def _base_of(adapter: Path) -> tuple[str, str, str]:
         return own["base_model_name_or_path"], own.get("revision") or "main", "auto"
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise AdapterError(f"cannot tell the base model of {str(adapter)!r}: {error}") from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

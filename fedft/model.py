@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from fedft import builtin
 from fedft.config import LoraSettings, ModelSettings
-from fedft.errors import AdapterError, FedftError, ModelError
+from fedft.errors import AdapterError, FedftError, ModelError, first_line
 
 if TYPE_CHECKING:
     import torch
@@ -242,10 +242,9 @@ def _as_model_error(settings: ModelSettings) -> Iterator[None]:
     except FedftError:
         raise
     except Exception as error:  # transformers and peft raise a dozen unrelated types
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(
             f"cannot load model.name={settings.name!r} with model.revision={settings.revision!r}, "
-            f"model.quantization={settings.quantization} and the lora settings: {reason}"
+            f"model.quantization={settings.quantization} and the lora settings: {first_line(error)}"
         ) from error
 
 

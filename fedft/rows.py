@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from fedft import builtin
-from fedft.errors import DataError
+from fedft.errors import DataError, first_line
 
 Row = Mapping[str, Any]
 
@@ -110,8 +110,7 @@ def _read_hub(name: str, split: str) -> list[Row]:
     try:
         return list(datasets.load_dataset(name, split=split).to_list())
     except Exception as error:  # the Hub client raises a dozen unrelated types
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DataError(
-            f"cannot load data.name={name!r}, data.split={split!r} from the Hub: {reason}; check both and the network, "
-            f"or use a local path or {', '.join(builtin.names('data'))}"
+            f"cannot load data.name={name!r}, data.split={split!r} from the Hub: {first_line(error)}; check "
+            f"both and the network, or use a local path or {', '.join(builtin.names('data'))}"
         ) from error

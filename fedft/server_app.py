@@ -82,7 +82,7 @@ def _run(grid: Grid, settings: Settings, directory: RunDirectory) -> tuple[str, 
             if releases and settings.dp.max_epsilon and releases.next_epsilon > settings.dp.max_epsilon:
                 run.save(number - 1, arrays)
                 return "stopped", f"round {number} would exceed dp.max-epsilon={settings.dp.max_epsilon:g}"
-            config = ConfigRecord({"learning-rate": learning_rate(settings, number), "clipping_norm": math.inf})
+            config = ConfigRecord({"learning-rate": learning_rate(settings, number)})
             try:
                 messages = strategy.configure_train(number, arrays, config, grid)
                 trained, _ = strategy.aggregate_train(number, grid.send_and_receive(messages, timeout=timeout))

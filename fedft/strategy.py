@@ -91,7 +91,11 @@ class CohortFedAvg(FedAvg):
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> list[Message]:
-        """Return the training messages of a round's cohort; starts a new `report`."""
+        """Return the training messages of a round's cohort; starts a new `report`.
+
+        `fixedclipping_mod` needs a clipping norm in every one: infinity, unless the configuration holds another.
+        """
+        config = ConfigRecord({KEY_CLIPPING_NORM: math.inf, **config})
         self.report = RoundReport()
         self._sent = arrays_from_record(arrays)
         nodes = self._wait_for(grid, self.settings.min_replies, "strategy.min-replies")

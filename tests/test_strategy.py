@@ -46,8 +46,7 @@ def averaging(**changes: Any) -> CohortFedAvg:
 def ask(strategy: CohortFedAvg | ClientLevelDP, nodes: Nodes, server_round: int = 1) -> list[Message]:
     inner = strategy.strategy if isinstance(strategy, ClientLevelDP) else strategy
     inner.plan(nodes)  # type: ignore[arg-type]
-    config = ConfigRecord({"clipping_norm": math.inf})
-    return list(strategy.configure_train(server_round, record_from_arrays(START), config, nodes))  # type: ignore[arg-type]
+    return list(strategy.configure_train(server_round, record_from_arrays(START), ConfigRecord(), nodes))  # type: ignore[arg-type]
 
 
 def moved(*values: float) -> dict[str, np.ndarray]:
