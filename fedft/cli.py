@@ -72,7 +72,7 @@ def runs(output_dir: RunsDir = None) -> None:
 
 
 def _summary(lines: list[dict[str, Any]]) -> tuple[str, str, str]:
-    from fedft.privacy import format_epsilon
+    from fedft.privacy.accounting import format_epsilon
 
     losses = [line["eval_loss"] for line in lines if line["eval_loss"] is not None]
     scores = [line["accuracy"] for line in lines if line["accuracy"] is not None]

@@ -24,7 +24,8 @@ from fedft.config import Settings, parse_run_config
 from fedft.errors import ConfigError, FedftError
 from fedft.logs import log_like_flower
 from fedft.model import adapter_shapes, fingerprint, initial_adapter, save_adapter
-from fedft.privacy import GaussianReleases, calibrate_noise, format_epsilon, verdict
+from fedft.privacy.accounting import calibrate_noise, format_epsilon, verdict
+from fedft.privacy.mechanism import GaussianReleases
 from fedft.records import arrays_from_record, record_from_arrays
 from fedft.report import model_card
 from fedft.strategy import ClientLevelDP, CohortFedAvg, RoundReport

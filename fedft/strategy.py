@@ -23,7 +23,7 @@ from fedft.config import StrategySettings
 from fedft.errors import AdapterError, FederationError
 from fedft.evaluation import EvaluationSums
 from fedft.model import Adapter, check_adapter
-from fedft.privacy import GaussianReleases
+from fedft.privacy.mechanism import GaussianReleases
 from fedft.records import arrays_from_record, record_from_arrays, record_size
 
 _log = logging.getLogger(__name__)

@@ -17,7 +17,7 @@ from conftest import PROJECT
 from flower import Flower, read_run
 
 from fedft import builtin
-from fedft.privacy import gaussian_epsilon
+from fedft.privacy.accounting import gaussian_epsilon
 
 pytestmark = pytest.mark.e2e
 

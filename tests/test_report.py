@@ -4,7 +4,7 @@ import pytest
 from conftest import make_settings
 
 from fedft.errors import RunDirectoryError
-from fedft.privacy import GaussianReleases
+from fedft.privacy.mechanism import GaussianReleases
 from fedft.report import draw_partitions, model_card
 
 LINE = {"round": 0, "eval_loss": 6.5, "eval_loss_margin": 0.4, "accuracy": 0.3, "epsilon": None}

@@ -13,7 +13,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from fedft.errors import FederationError
 from fedft.evaluation import EvaluationSums
-from fedft.privacy import GaussianReleases
+from fedft.privacy.mechanism import GaussianReleases
 from fedft.records import arrays_from_record, record_from_arrays
 from fedft.strategy import ClientLevelDP, CohortFedAvg
 

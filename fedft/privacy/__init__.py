@@ -1,0 +1,1 @@
+"""Differential privacy: the mechanism, and what it costs. Knows nothing of Flower."""
