@@ -5,9 +5,10 @@
 Both train the same examples of the built-in data on the built-in model, with the same tokens, rate and adapter. The
 stock trainer has its defaults, except that gradient checkpointing, which costs it a third more, is off.
 
-The floor is the time of the model's own matrix products alone, at the rate measured in the same run: for each useful
-token (padding is not), a product with every linear layer forward and one backward (the base is frozen: no weight
-gradients), and for each completion token the same with the head. Attention, norms and activations count nothing.
+The floor is the arithmetic of the useful tokens (padding is not) at the rate of the model's own linear layers, measured
+beside each of fedft's runs. It counts the products forward and backward: each linear layer's with its input and, as the
+base is frozen, with its gradient alone; the head's at completion tokens; the adapter's, with weight gradients; and the
+causal half of the attention scores. Norms, rotary embeddings, activations and the optimiser count nothing.
 """
 
 import argparse
@@ -21,6 +22,7 @@ import torch
 from datasets import Dataset
 from measure import alternate, publish, ratio, seconds, spread
 from presets import settings_with
+from torch.nn.functional import linear
 from transformers import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
@@ -78,9 +80,14 @@ def main() -> None:
         vars(model.get_base_model()).pop("forward", None)
         return elapsed
 
-    times = alternate(options.repeats, fedft=ours, stock=lambda: stock("random"))
+    times = alternate(
+        options.repeats,
+        fedft=ours,
+        floor=lambda: arithmetic_floor(model, examples, options.batch_size),
+        stock=lambda: stock("random"),
+    )
     stock("sequential")  # fedft's own order of the batches: the losses must agree
-    floor = [arithmetic_floor(model, examples, options.batch_size) for _ in range(options.repeats)]
+    floor = times["floor"]
     tokens = sum(example.length for example in examples)
     publish(
         "step",
@@ -125,33 +132,37 @@ def stock_trainer(model: Any, tokenizer: Any, examples: list[Example], batch_siz
 
 
 def arithmetic_floor(model: Any, examples: list[Example], batch_size: int) -> float:
-    """Return the seconds that the matrix products of one forward and backward pass over the examples take alone."""
-    head = model.get_output_embeddings().weight
-    shapes: dict[tuple[int, int], int] = {}
-    for name, module in model.get_base_model().named_modules():
-        weight = getattr(module, "weight", None)
-        if (
-            weight is not None
-            and weight.ndim == 2
-            and "lora_" not in name
-            and "embed" not in name
-            and weight is not head
-        ):
-            shapes[tuple(weight.shape)] = shapes.get(tuple(weight.shape), 0) + 1
-    steps = len(examples) / batch_size
-    tokens = round(sum(example.length for example in examples) / steps)
-    completion = round(sum(len(example.completion) for example in examples) / steps)
-    per_step = sum(count * product_seconds(tokens, *shape, head) for shape, count in shapes.items())
-    return steps * (per_step + product_seconds(completion, *head.shape, head))
+    """Return the seconds that the arithmetic of one forward and backward pass over the examples takes alone."""
+    head = model.get_output_embeddings()
+    linears = [
+        module
+        for name, module in model.get_base_model().named_modules()
+        if isinstance(module, torch.nn.Linear) and "lora_" not in name and module is not head
+    ]
+    tokens = sum(example.length for example in examples)
+    rate = product_rate({tuple(module.weight.shape) for module in linears}, tokens * batch_size // len(examples), head)
+    adapter = sum(value.numel() for value in model.parameters() if value.requires_grad)
+    config = model.config
+    width = config.hidden_size * config.num_hidden_layers  # query heads times their size, in all layers
+    flops = 4 * tokens * sum(module.weight.numel() for module in linears)
+    flops += 4 * sum(len(example.completion) for example in examples) * head.weight.numel()
+    flops += 6 * tokens * adapter
+    flops += 6 * width * sum(example.length**2 for example in examples)
+    return flops / rate
 
 
-def product_seconds(rows: int, outputs: int, inputs: int, like: torch.Tensor, repeats: int = 5) -> float:
-    """Return the median time of x·Wᵀ and of the product that gives the gradient of x."""
-    x = torch.randn(rows, inputs, device=like.device).to(like.dtype)
-    grad = torch.randn(rows, outputs, device=like.device).to(like.dtype)
-    weight = torch.randn(outputs, inputs, device=like.device).to(like.dtype)
-    times = [seconds(lambda: (torch.nn.functional.linear(x, weight), grad @ weight)) for _ in range(repeats + 1)]
-    return float(np.median(times[1:]))
+def product_rate(shapes: set[tuple[int, ...]], rows: int, like: torch.nn.Linear) -> float:
+    """Return the FLOP/s of x·Wᵀ and the product that gives the gradient of x, over weights W of these shapes."""
+    flops = elapsed = 0.0
+    for outputs, inputs in shapes:
+        x, grad, weight = (
+            torch.randn(*shape, device=like.weight.device).to(like.weight.dtype)
+            for shape in ((rows, inputs), (rows, outputs), (outputs, inputs))
+        )
+        times = [seconds(lambda: (linear(x, weight), grad @ weight)) for _ in range(20)]  # noqa: B023
+        elapsed += float(np.median(times[1:]))
+        flops += 4 * rows * outputs * inputs
+    return flops / elapsed
 
 
 if __name__ == "__main__":

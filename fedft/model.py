@@ -63,6 +63,8 @@ def load_model(settings: ModelSettings, lora: LoraSettings) -> "PeftModel":
     from peft import get_peft_model
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+    from fedft import attention
+
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = compute_dtype(settings.dtype)
     arguments: dict[str, Any] = {"revision": settings.revision, "dtype": dtype, "device_map": {"": device}}
@@ -80,6 +82,8 @@ def load_model(settings: ModelSettings, lora: LoraSettings) -> "PeftModel":
             if hasattr(module, "support_avx512bf16_for_cpu"):
                 # bitsandbytes would repack 4-bit weights at the first scoring, after which training has no gradients
                 module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+        if device == "cpu" and base.config.model_type in attention.MODEL_TYPES:
+            base.set_attn_implementation(attention.NAME)
         model = get_peft_model(base, lora_config(settings, lora))
     gc.collect()
     gc.freeze()  # the trainer collects garbage at every start; the model and the libraries would be walked each time

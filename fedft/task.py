@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 from peft import PeftModel
+from peft.helpers import disable_input_dtype_casting
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase, PrinterCallback
@@ -28,7 +29,7 @@ from fedft.model import Adapter, check_adapter, get_adapter, quiet_libraries, se
 
 _EVALUATION_BATCH = 8
 _IGNORED = -100
-_PLAIN_ATTENTION_SCORES = 2**21  # scores a layer; benchmarks/step.py, batch 8: 1.3 times faster below, slower far above
+_POOL = 100  # batches cut from examples that are sorted by length together
 
 
 @dataclass(frozen=True)
@@ -89,18 +90,25 @@ def draw_examples(lengths: Sequence[int], settings: TrainSettings, rng: np.rando
     """Return the indices one round trains on, in order: batches of like length, the batches shuffled.
 
     With `max-steps` it draws as many examples as the steps need, without replacement until every example was drawn;
-    otherwise every example once an epoch.
+    otherwise every example once an epoch. Batches are cut from pools of random examples sorted by length, larger than
+    a short round needs where there are more: the larger the pool, the less padding.
     """
-    count = len(lengths)
-    step = settings.batch_size * settings.gradient_accumulation_steps
-    wanted = settings.max_steps * step if settings.max_steps else settings.epochs * count
+    count, size = len(lengths), settings.batch_size
+    wanted = settings.max_steps * size * settings.gradient_accumulation_steps or settings.epochs * count
     indices: list[int] = []
-    for start in range(0, wanted, count):
-        drawn = rng.permutation(count)[: wanted - start].tolist()
-        drawn.sort(key=lambda index: lengths[index])
-        batches = [drawn[i : i + settings.batch_size] for i in range(0, len(drawn), settings.batch_size)]
+    while len(indices) < wanted:
+        order = rng.permutation(count).tolist()
+        first = -len(indices) % size  # so many complete the last batch of the epoch before
+        last = first + max(0, count - first) // size * size  # and those from here on begin that of the next
+        pools = [
+            sorted(order[i : min(i + _POOL * size, last)], key=lengths.__getitem__)
+            for i in range(first, last, _POOL * size)
+        ]
+        batches = [pool[i : i + size] for pool in pools for i in range(0, len(pool), size)]
+        indices += order[:first]
         indices += [index for batch in rng.permutation(len(batches)) for index in batches[batch]]
-    return indices
+        indices += order[last:]
+    return indices[:wanted]
 
 
 def evaluate(model: PeftModel, adapter: Adapter, examples: Sequence[Example]) -> EvaluationSums:
@@ -142,8 +150,10 @@ def token_nll(
     """
     head = model.get_output_embeddings()
     hook = head.register_forward_pre_hook(lambda _, arguments: (arguments[0][where],))
+    bf16 = model.dtype == torch.bfloat16  # then the adapter's products are too, as in any mixed-precision training
     try:
-        logits = model(input_ids=input_ids, use_cache=False, **inputs).logits
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16), disable_input_dtype_casting(model, bf16):
+            logits = model(input_ids=input_ids, use_cache=False, **inputs).logits
     finally:
         hook.remove()
     return cross_entropy(logits.float(), targets, reduction="none")
@@ -204,23 +214,10 @@ class _CompletionTrainer(SFTTrainer):
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Return the mean negative log-likelihood of the completion tokens of all accumulated batches."""
-        _choose_attention(model, inputs["input_ids"])
         labels = inputs["labels"][:, 1:]
         where = (labels != _IGNORED).nonzero(as_tuple=True)
         nll = token_nll(model, inputs["input_ids"], where, labels[where])
         return nll.sum() / (nll.numel() if num_items_in_batch is None else num_items_in_batch)
-
-
-def _choose_attention(model: PeftModel, input_ids: torch.Tensor) -> None:
-    """On the CPU, attend by plain matrix products while their score matrices are small: faster than fused attention."""
-    now = model.config._attn_implementation
-    if input_ids.device.type != "cpu" or now not in ("eager", "sdpa"):
-        return
-    rows, positions = input_ids.shape
-    scores = rows * positions**2 * model.config.num_attention_heads
-    wanted = "eager" if scores <= _PLAIN_ATTENTION_SCORES else "sdpa"
-    if wanted != now:
-        model.base_model.model.set_attn_implementation(wanted)  # type: ignore[operator, union-attr]
 
 
 def _make_trainer(

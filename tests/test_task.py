@@ -9,7 +9,7 @@ from conftest import make_settings
 from peft import PeftModel
 from torch.nn.functional import cross_entropy
 
-from fedft import task
+from fedft import attention, task
 from fedft.config import Settings
 from fedft.data import Example
 from fedft.errors import AdapterError
@@ -47,9 +47,14 @@ def train(settings: Settings, model: PeftModel, adapter: Adapter, seed: int = 0,
         model,
         load_tokenizer(settings.model),
         adapter,
-        make_examples(20),
-        settings.train,
-        **{"learning_rate": 1e-2, "gradient_checkpointing": False, "seed": seed, **changes},
+        settings=settings.train,
+        **{
+            "examples": make_examples(20),
+            "learning_rate": 1e-2,
+            "gradient_checkpointing": False,
+            "seed": seed,
+            **changes,
+        },
     )
 
 
@@ -139,11 +144,11 @@ def test_same_seed_gives_the_same_adapter_bit_for_bit_and_another_seed_another(l
 
 def test_gradient_checkpointing_and_accumulation_change_nothing_but_the_cost(llama_folder: Path) -> None:
     settings, model, adapter = setup(llama_folder, train__batch_size=4, train__max_steps=1)
-    plain = train(settings, model, adapter, gradient_checkpointing=False)
-    checkpointed = train(settings, model, adapter, gradient_checkpointing=True)
+    plain = train(settings, model, adapter, gradient_checkpointing=False, examples=make_examples(4))
+    checkpointed = train(settings, model, adapter, gradient_checkpointing=True, examples=make_examples(4))
     assert checkpointed.loss == pytest.approx(plain.loss, abs=1e-5)
     split, _, _ = setup(llama_folder, train__batch_size=2, train__gradient_accumulation_steps=2, train__max_steps=1)
-    accumulated = train(split, model, adapter)
+    accumulated = train(split, model, adapter, examples=make_examples(4))
     assert accumulated.steps == plain.steps == 1
     assert accumulated.loss == pytest.approx(plain.loss, abs=1e-5)
 
@@ -197,18 +202,17 @@ def test_training_runs_on_a_gpu(llama_folder: Path, bits: int) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU keeps its fused attention")
-def test_attention_follows_the_size_of_the_batch_and_gives_the_same_loss(llama_folder: Path) -> None:
-    _, model, adapter = setup(llama_folder)
-    set_adapter(model, adapter)
-    model.eval()
-    losses = []
-    for rows, limit in ((2, task._PLAIN_ATTENTION_SCORES), (2, 0)):
-        ids = torch.arange(40).repeat(rows, 1)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(task, "_PLAIN_ATTENTION_SCORES", limit)
-            task._choose_attention(model, ids)
-        losses.append(
-            float(task.token_nll(model, ids, (torch.zeros(39).long(), torch.arange(39)), ids[0, 1:]).detach().sum())
-        )
-        assert model.config._attn_implementation == ("eager" if limit else "sdpa")
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+def test_on_the_cpu_known_architectures_attend_by_plain_products(model_folder: Path) -> None:
+    _, model, _ = setup(model_folder)
+    assert model.config._attn_implementation == attention.NAME
+
+
+def test_bfloat16_base_computes_the_adapter_in_bfloat16_and_trains_it_in_float32(llama_folder: Path) -> None:
+    settings, model, adapter = setup(llama_folder, model__dtype="bfloat16")
+    seen = []
+    layer = next(module for name, module in model.named_modules() if name.endswith("lora_B.default"))
+    hook = layer.register_forward_hook(lambda _module, _inputs, output: seen.append(output.dtype))
+    result = train(settings, model, adapter)
+    hook.remove()
+    assert set(seen) == {torch.bfloat16}
+    assert {value.dtype for value in result.adapter.values()} == {np.dtype(np.float32)}
