@@ -40,3 +40,11 @@ class RunDirectoryError(FedftError):
 
 class FederationError(FedftError):
     """Too few nodes connected, or too few usable replies came back."""
+
+
+class NoFurtherRoundError(FedftError):
+    """No further round may or can run; the run ends as stopped, its adapter saved."""
+
+
+class LedgerError(FedftError):
+    """The privacy ledger refuses an entry, or its saved state is damaged."""

@@ -19,17 +19,22 @@ def test_learning_rate_is_half_a_cosine_over_the_rounds() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "z"), [({}, 0.02), ({"dp__target_epsilon": 4.5, "num_server_rounds": 10}, 3.08765)]
+    ("changes", "most", "z"),
+    [
+        ({}, 3, 0.02),
+        ({"dp__target_epsilon": 4.5}, 10, 3.08765),
+        ({"dp__target_epsilon": 4.5}, 1, 3.08765 / 10**0.5),  # what counts is how often a client takes part
+    ],
 )
-def test_noise_is_as_given_or_calibrated_to_the_target(changes: dict[str, Any], z: float) -> None:
-    releases = _plan_privacy(make_settings(**changes), cohort_size=100)
-    assert releases is not None
-    assert releases.noise_multiplier == pytest.approx(z, rel=1e-5)
-    assert releases.cohort_size == 100
+def test_noise_is_as_given_or_calibrated_to_the_target(changes: dict[str, Any], most: int, z: float) -> None:
+    ledger = _plan_privacy(make_settings(**changes), 100, most)
+    assert ledger is not None
+    assert ledger.mechanism.noise_multiplier == pytest.approx(z, rel=1e-5)
+    assert ledger.mechanism.cohort_size == 100
 
 
 def test_no_unit_means_no_mechanism() -> None:
-    assert _plan_privacy(make_settings(dp__unit="none"), 2) is None
+    assert _plan_privacy(make_settings(dp__unit="none"), 2, 1) is None
 
 
 def test_relative_output_dir_is_refused() -> None:
