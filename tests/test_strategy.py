@@ -23,11 +23,13 @@ A, B = "x.lora_A.weight", "x.lora_B.weight"
 START = {A: np.array([[1, 1]], np.float32), B: np.array([[1], [1]], np.float32)}
 
 
-@pytest.fixture(autouse=True)
-def _inside_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def inside_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """Flower makes messages only inside a task of a run."""
     for name in ("_run_id", "_node_id", "_task_id"):
         monkeypatch.setattr(TaskIdentity, name, 1)
+
+
+_fixture = pytest.fixture(autouse=True)(inside_a_run)
 
 
 class Nodes:
