@@ -235,3 +235,55 @@ def test_bytes_are_counted_both_ways() -> None:
     messages = ask(strategy, Nodes(2))
     strategy.aggregate_train(1, [reply(message, moved(1, 0, 0, 0)) for message in messages])
     assert strategy.report.bytes_down == strategy.report.bytes_up > 2 * 4 * 4
+
+
+def test_second_answer_and_one_of_a_node_that_was_not_asked_contribute_nothing() -> None:
+    """Otherwise one client could move the sum by more than the clipping norm."""
+    strategy = private(n=2, min_available_nodes=4, fraction_train=0.5)
+    nodes = Nodes(4)
+    first, second = ask(strategy, nodes)
+    (stranger, *_) = set(nodes.ids) - {message.metadata.dst_node_id for message in (first, second)}
+    forged = Message(RecordDict(), stranger, "train")
+    replies = [reply(first, moved(2, 0, 0, 0))] * 2 + [reply(forged, moved(2, 0, 0, 0))]
+    mean = result(strategy.aggregate_train(1, replies))
+    np.testing.assert_allclose(mean[A], [[2, 1]])
+    assert [
+        failure.endswith("not asked, or has answered already") for failure in strategy.strategy.report.failures
+    ] == [
+        True,
+        True,
+    ]
+
+
+def test_factors_that_do_not_train_are_neither_asked_for_nor_noised() -> None:
+    strategy = ClientLevelDP(averaging("ffa"), Ledger(Mechanism(5.0, 1.0, 2, 1e-5)))
+    messages = ask(strategy, Nodes(2))
+    assert [list(message.content.array_records["arrays"]) for message in messages] == [[B], [B]]
+    mean = result(strategy.aggregate_train(1, [reply(message, {B: START[B] + 1}) for message in messages]))
+    np.testing.assert_array_equal(mean[A], START[A])
+    assert (mean[B] != START[B]).all()
+
+
+def test_update_of_a_frozen_factor_is_refused() -> None:
+    strategy = ClientLevelDP(averaging("ffa"), Ledger(Mechanism(5.0, 0.0, 2, 1e-5)))
+    good, bad = ask(strategy, Nodes(2))
+    strategy.aggregate_train(1, [reply(good, {B: START[B] + 1}), reply(bad, moved(1, 1, 1, 1))])
+    assert strategy.strategy.report.replies == 1
+
+
+def test_round_is_charged_and_written_before_its_messages_leave() -> None:
+    written: list[int] = []
+    ledger = Ledger(Mechanism(5.0, 1.0, 2, 1e-5))
+    strategy = ClientLevelDP(averaging(), ledger, write_ahead=lambda: written.append(len(ledger.entries)))
+    messages = ask(strategy, Nodes(2))
+    assert written == [1]
+    assert ledger.participations == dict.fromkeys((message.metadata.dst_node_id for message in messages), 1)
+
+
+def test_steered_clipping_norm_reaches_the_clients_of_the_next_round() -> None:
+    strategy = ClientLevelDP(averaging(), Ledger(Mechanism(4.0, 0.0, 2, 1e-5, clipping_quantile=0.5)))
+    nodes = Nodes(2)
+    messages = ask(strategy, nodes)
+    strategy.aggregate_train(1, [reply(message, moved(1, 0, 0, 0)) for message in messages])  # both are below 4
+    after = [message.content.config_records["config"]["clipping_norm"] for message in ask(strategy, nodes, 2)]
+    assert after == [4.0 * math.exp(-0.2 * (1.0 - 0.5))] * 2
