@@ -1,4 +1,5 @@
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -97,14 +98,20 @@ def test_no_seed_reaches_the_noise() -> None:
     assert not np.array_equal(*draws)
 
 
-def test_building_and_seeding_a_trainer_between_draws_does_not_repeat_the_noise() -> None:
-    from transformers import set_seed
+def test_building_and_seeding_a_trainer_between_releases_does_not_repeat_the_noise(
+    tmp_path: Path, llama_folder: Path
+) -> None:
+    from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, set_seed
 
-    draws = []
+    model = AutoModelForCausalLM.from_pretrained(llama_folder)
+    noises, globals_ = [], []
     for _ in range(2):
+        Trainer(model, TrainingArguments(str(tmp_path), seed=42, use_cpu=True, report_to="none"))
+        globals_.append(np.random.normal())  # noqa: NPY002 - shows that the trainer did seed the global generator
         set_seed(42)
-        draws.append(private_gaussian((3,)))
-    assert not np.array_equal(*draws)
+        noises.append(release(charged(z=1.0), 1, [], SHAPES))
+    assert globals_[0] == globals_[1]
+    assert not any(np.array_equal(noises[0][key], noises[1][key]) for key in SHAPES)
 
 
 def test_release_of_a_round_that_was_not_charged_or_was_released_already_is_refused() -> None:
