@@ -48,3 +48,11 @@ class NoFurtherRoundError(FedftError):
 
 class LedgerError(FedftError):
     """The privacy ledger refuses an entry, or its saved state is damaged."""
+
+
+class PlanError(FedftError):
+    """A privacy plan has a value out of range, or is given too much or too little to be worked out."""
+
+
+class AuditError(FedftError):
+    """Counts or scores of a privacy audit are out of range."""
