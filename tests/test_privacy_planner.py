@@ -54,7 +54,8 @@ def test_calibrated_noise_accounts_back_to_the_target_and_not_above(
     target: float, nodes: int, cohort: int, rounds: int, delta: float
 ) -> None:
     made = plan(nodes=nodes, cohort=cohort, rounds=rounds, epsilon=target, delta=delta)
-    again = plan(nodes=nodes, cohort=cohort, rounds=rounds, noise_multiplier=made.noise_multiplier, delta=delta)
+    printed = float(f"{made.noise_multiplier:.6g}")
+    again = plan(nodes=nodes, cohort=cohort, rounds=rounds, noise_multiplier=printed, delta=delta)
     assert target * 0.999 <= again.epsilon <= target
 
 

@@ -126,7 +126,7 @@ def make_plan(
 ) -> Plan:
     """Return the plan that two of rounds, noise multiplier and ε determine; the third is worked out.
 
-    The noise is the least for which ε is not passed, the rounds are the most.
+    The noise is the least of six significant figures for which ε is not passed, the rounds are the most.
 
     Raises:
         PlanError: a value is out of range, not exactly two of the three are given, or the budget allows no round.
@@ -147,7 +147,7 @@ def make_plan(
     if rounds is not None:
         _check_rounds(rounds)
     if noise_multiplier is None and rounds is not None and epsilon is not None:
-        noise_multiplier = calibrate_noise(epsilon, participations(rounds, cohort, nodes), delta)
+        noise_multiplier = _rounded_up(calibrate_noise(epsilon, participations(rounds, cohort, nodes), delta))
     return Plan(
         nodes=nodes,
         cohort=cohort,
@@ -187,6 +187,12 @@ def _most_rounds(epsilon: float, noise_multiplier: float, delta: float, cohort: 
             f"{spent}; give noise-multiplier >= {math.ceil(single * 1000) / 1000:g} or a larger epsilon"
         )
     return min(count * nodes // cohort, MOST_ROUNDS)
+
+
+def _rounded_up(value: float) -> float:
+    """Return the next number of six significant figures, so that what is printed can be used."""
+    scale = 10.0 ** (5 - math.floor(math.log10(value)))
+    return math.ceil(value * scale) / scale
 
 
 def _protection_advice(plan: Plan) -> list[str]:
