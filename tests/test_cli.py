@@ -146,7 +146,7 @@ def test_plan_calls_the_notebooks_setting_hopeless_and_exits_with_0() -> None:
 )
 def test_plan_works_out_the_missing_one_as_json(given: tuple[str, ...], name: str, value: float) -> None:
     facts = json.loads(run("plan", "--nodes", "20", "--cohort", "4", *given, "--parameters", "100", "--json"))
-    assert facts[name] == pytest.approx(value, rel=1e-6)
+    assert facts[name] == pytest.approx(value, rel=2e-5)
     assert facts["parameters"] == 100
 
 
