@@ -214,6 +214,7 @@ _DEFAULT_PARAMETERS = 921_600
 
 def _from_run_config(settings: "Settings", given: dict[str, Any]) -> dict[str, Any]:
     """Return the given values, completed from the run-config; of rounds, noise and ε exactly two stay."""
+    from fedft.aggregation import trained_keys
     from fedft.model import adapter_shapes
 
     dp, strategy = settings.dp, settings.strategy
@@ -224,7 +225,11 @@ def _from_run_config(settings: "Settings", given: dict[str, Any]) -> dict[str, A
     values |= {"delta": dp.delta, "clipping_norm": dp.clipping_norm, "nodes": strategy.min_available_nodes} | given
     values.setdefault("cohort", max(1, round(strategy.fraction_train * values["nodes"])))
     if "parameters" not in values:
-        values["parameters"] = sum(math.prod(shape) for shape in adapter_shapes(settings.model, settings.lora).values())
+        shapes = adapter_shapes(settings.model, settings.lora)
+        values["parameters"] = max(
+            sum(math.prod(shapes[key]) for key in trained_keys(settings.lora.aggregation, number, shapes))
+            for number in (1, 2)
+        )
     return values
 
 

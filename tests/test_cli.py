@@ -157,6 +157,8 @@ def test_plan_reads_the_run_config_and_counts_the_adapter(llama_folder: Path) ->
     assert (facts["nodes"], facts["cohort"], facts["rounds"], facts["delta"]) == (50, 5, 3, 1e-6)
     assert facts["epsilon"] == pytest.approx(4.5, rel=1e-3)
     assert facts["parameters"] == 2 * 4 * (64 + 64 + 64 + 32)  # two layers, r=4: q is 64 to 64, v is 64 to 32
+    ffa = ("plan", "--run-config", f"{overrides} lora.aggregation='ffa'", *given[3:], "--nodes", "50")
+    assert json.loads(run(*ffa))["parameters"] == 2 * 4 * (64 + 32)
     assert json.loads(run(*given, "--nodes", "50", "--noise-multiplier", "2"))["noise_multiplier"] == 2
     assert json.loads(run(*given, "--nodes", "50", "--noise-multiplier", "2", "--epsilon", "8"))["rounds"] > 10
 
