@@ -7,7 +7,9 @@ import pytest
 
 from fedft.errors import PlanError
 from fedft.privacy.accounting import gaussian_epsilon
+from fedft.privacy.ledger import Ledger, Mechanism
 from fedft.privacy.planner import MOST_ROUNDS, Plan, epsilon_over_rounds, make_plan, participations
+from fedft.schedule import most_participations
 
 
 def plan(**changes: Any) -> Plan:
@@ -22,6 +24,15 @@ def plan(**changes: Any) -> Plan:
 def test_epsilon_is_that_of_the_most_used_node(nodes: int, cohort: int, rounds: int, z: float, epsilon: float) -> None:
     made = plan(nodes=nodes, cohort=cohort, rounds=rounds, noise_multiplier=z)
     assert made.epsilon == pytest.approx(epsilon, rel=1e-6)
+
+
+@pytest.mark.parametrize(("nodes", "cohort", "rounds"), [(20, 4, 10), (7, 3, 5), (1000, 100, 11)])
+def test_plan_is_what_schedule_and_ledger_will_say(nodes: int, cohort: int, rounds: int) -> None:
+    made = plan(nodes=nodes, cohort=cohort, rounds=rounds, epsilon=3.0)
+    ledger = Ledger(Mechanism(made.clipping_norm, made.noise_multiplier, cohort, made.delta))
+    assert made.participations == most_participations(rounds, cohort, nodes)
+    assert made.epsilon == ledger.epsilon_of(made.participations)
+    assert made.sigma == ledger.sigma
 
 
 def test_the_notebooks_setting_protects_nobody_and_says_so() -> None:

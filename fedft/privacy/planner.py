@@ -19,14 +19,11 @@ from fedft.privacy.accounting import calibrate_noise, format_epsilon, gaussian_e
 MOST_ROUNDS = 1_000_000
 """The most rounds a plan may have, as in the run-config."""
 
-_NOISE_THAT_DROWNS = 10.0
-"""The noise norm over C above which advice is given: docs/privacy.md has what was measured below and above."""
+_NOISE_TO_AIM_AT = 10.0
+"""The noise norm over C above which advice is given; a rule of thumb, see the losses in docs/notebook.md."""
 
 _WEAK = 8.0
 """The ε that is advised where a setting has more: the largest that `verdict` does not call weak."""
-
-_HOPELESS = 20.0
-"""The ε from which `verdict` says that nobody is protected."""
 
 _FEW_NODES = 100
 """Fewer nodes than this, and the advice names the record as unit too; a rule of thumb."""
@@ -199,7 +196,7 @@ def _protection_advice(plan: Plan) -> list[str]:
     if not plan.epsilon > _WEAK:
         return []
     needed = calibrate_noise(_WEAK, plan.participations, plan.delta)
-    hopeless = "do not call this private: " if not plan.epsilon < _HOPELESS else ""
+    hopeless = "do not call this private: " if plan.verdict == verdict(math.inf) else ""
     return [f"{hopeless}ε {_WEAK:g} needs a noise multiplier of {needed:.3g} over {plan.participations} participations"]
 
 
@@ -209,16 +206,16 @@ def _noise_advice(plan: Plan) -> list[str]:
     if plan.epsilon > _WEAK:
         noise = calibrate_noise(_WEAK, plan.participations, plan.delta)
     ratio = noise * math.sqrt(plan.parameters) / plan.cohort
-    if not ratio > _NOISE_THAT_DROWNS:
+    if not ratio > _NOISE_TO_AIM_AT:
         return []
-    per_round = math.ceil(noise * math.sqrt(plan.parameters) / _NOISE_THAT_DROWNS)
-    fewer = int((_NOISE_THAT_DROWNS * plan.cohort / noise) ** 2)
+    per_round = math.ceil(noise * math.sqrt(plan.parameters) / _NOISE_TO_AIM_AT)
+    fewer = int((_NOISE_TO_AIM_AT * plan.cohort / noise) ** 2)
     more_nodes = math.ceil(per_round * plan.nodes / plan.cohort)
     advice = [
-        f"at a noise multiplier of {noise:.3g} the noise is {ratio:.3g} times as long as an update may be, and drowns "
-        f"what is learned; {_NOISE_THAT_DROWNS:g} times is about the most that does not",
+        f"at a noise multiplier of {noise:.3g} the noise is {ratio:.3g} times as long as an update may be, and likely "
+        f"to drown what is learned; aim at {_NOISE_TO_AIM_AT:g} times or less",
         f"train B alone (lora.aggregation='ffa') and lower lora.r: {fewer:,} parameters instead of {plan.parameters:,} "
-        f"would bring {_NOISE_THAT_DROWNS:g} times",
+        f"would bring {_NOISE_TO_AIM_AT:g} times",
         f"or take more clients a round: so would {per_round:,} a round of {more_nodes:,} nodes",
     ]
     if plan.nodes < _FEW_NODES:
