@@ -4,7 +4,7 @@
 
 - `run.json`: configuration, versions, status, and `round`, the last finished round: everything else counts up to it;
 - `metrics.jsonl`: one line a round, round 0 being the evaluation before training;
-- `privacy.json`: what was released, and its (ε, δ);
+- `privacy.json`: the certificate, with the ledger of what was charged and released;
 - `peft_<round>/`: the adapter after that round, as PEFT saves it.
 
 `<output-dir>/latest` links to the newest. Every file is written beside its place and moved there; `run.json` goes last.
@@ -102,6 +102,18 @@ class RunDirectory:
                 self.state["adapter"] = adapter.name
             self._write_state()
         return adapter
+
+    def write_privacy(self, privacy: Mapping[str, Any]) -> None:
+        """Replace `privacy.json` between rounds: with a round that is charged and about to run, or the final claim.
+
+        What it charges may be one round ahead of `run.json`, never behind: a killed process has spent at most what it
+        says.
+
+        Raises:
+            RunDirectoryError: the folder cannot be written.
+        """
+        with _as_run_directory_error(self.path):
+            _write_json(self.path / "privacy.json", privacy)
 
     def keep_adapter(self, number: int, save_adapter: Callable[[Path], None]) -> None:
         """Save the adapter of round `number` if that round left none.

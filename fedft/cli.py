@@ -1,21 +1,27 @@
-"""The `fedft` command: look at runs, ask an adapter, fetch built-ins, look at partitions.
+"""The `fedft` command: look at runs, ask an adapter, fetch built-ins, look at partitions, plan privacy.
 
 Heavy libraries are imported inside the commands that use them, so that `fedft --help` answers at once. A `FedftError`
-becomes one line on standard error and exit code 1.
+becomes one line on standard error and exit code 1; a plan that its options do not determine, exit code 2.
 """
 
+import json
 import logging
+import math
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from fedft import builtin
-from fedft.errors import ConfigError, FedftError, RunDirectoryError
+from fedft.errors import ConfigError, FedftError, PlanError, RunDirectoryError
+
+if TYPE_CHECKING:
+    from fedft.config import Settings
+    from fedft.privacy.planner import Plan
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -39,7 +45,7 @@ def _command(function: Callable[..., None]) -> Callable[..., None]:
             function(*args, **kwargs)
         except FedftError as error:
             _err.print(f"fedft: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
-            raise typer.Exit(1) from None
+            raise typer.Exit(2 if isinstance(error, PlanError) else 1) from None
 
     app.command()(run)
     return run
@@ -153,7 +159,117 @@ def partitions(
     _out.print(f"picture: {picture.absolute()}", soft_wrap=True)
 
 
-def _load_settings(project: Path, run_config: str) -> Any:
+@_command
+def plan(
+    nodes: Annotated[int | None, typer.Option(help="All nodes, N.")] = None,
+    cohort: Annotated[int | None, typer.Option(help="Clients a round, n.")] = None,
+    rounds: Annotated[int | None, typer.Option(help="Rounds, T.")] = None,
+    noise_multiplier: Annotated[float | None, typer.Option(help="Noise over sensitivity, z.")] = None,
+    epsilon: Annotated[float | None, typer.Option(help="The ε that may be spent.")] = None,
+    delta: Annotated[float | None, typer.Option(help="δ of ε [default: 1e-5].")] = None,
+    clipping_norm: Annotated[float | None, typer.Option(help="Longest update of a client, C [default: 1].")] = None,
+    parameters: Annotated[
+        int | None, typer.Option(help="Trained parameters, d [default: 921,600, LoRA r=16 on q and v of SmolLM2-135M].")
+    ] = None,
+    run_config: Annotated[
+        str | None, typer.Option(help="Take what is not given from the run-config, with these overrides or TOML file.")
+    ] = None,
+    project: Annotated[Path, typer.Option(help="Folder of fedft's pyproject.toml, for --run-config.")] = Path(),
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    picture: Annotated[Path | None, typer.Option(help="Draw ε over rounds for three cohorts (png, svg, pdf).")] = None,
+) -> None:
+    """Plan a run's privacy: give two of --rounds, --noise-multiplier and --epsilon, and get the third."""
+    from fedft.privacy.planner import make_plan
+
+    given: dict[str, Any] = {
+        "nodes": nodes,
+        "cohort": cohort,
+        "rounds": rounds,
+        "noise_multiplier": noise_multiplier,
+        "epsilon": epsilon,
+        "delta": delta,
+        "clipping_norm": clipping_norm,
+        "parameters": parameters,
+    }
+    given = {name: value for name, value in given.items() if value is not None}
+    if run_config is not None:
+        given = _from_run_config(_load_settings(project, run_config), given)
+    for name in ("nodes", "cohort"):
+        if name not in given:
+            raise PlanError(f"--{name} is missing; give it, or --run-config")
+    made = make_plan(**({"delta": 1e-5, "clipping_norm": 1.0, "parameters": _DEFAULT_PARAMETERS} | given))
+    if as_json:
+        _out.print(
+            json.dumps(made.as_dict(), indent=2, ensure_ascii=False), markup=False, highlight=False, soft_wrap=True
+        )
+    else:
+        _print_plan(made, assumed="parameters" not in given)
+    if picture:
+        _draw_plan(made, picture.absolute())
+        _err.print(f"picture: {picture.absolute()}", highlight=False, soft_wrap=True)
+
+
+_DEFAULT_PARAMETERS = 921_600
+
+
+def _from_run_config(settings: "Settings", given: dict[str, Any]) -> dict[str, Any]:
+    """Return the given values, completed from the run-config; of rounds, noise and ε exactly two stay."""
+    from fedft.aggregation import trained_keys
+    from fedft.model import adapter_shapes
+
+    dp, strategy = settings.dp, settings.strategy
+    both = "noise_multiplier" in given and "epsilon" in given
+    values: dict[str, Any] = {} if both else {"rounds": settings.num_server_rounds}
+    if "noise_multiplier" not in given and "epsilon" not in given:
+        values |= {"epsilon": dp.target_epsilon} if dp.target_epsilon else {"noise_multiplier": dp.noise_multiplier}
+    values |= {"delta": dp.delta, "clipping_norm": dp.clipping_norm, "nodes": strategy.min_available_nodes} | given
+    values.setdefault("cohort", max(1, round(strategy.fraction_train * values["nodes"])))
+    if "parameters" not in values:
+        shapes = adapter_shapes(settings.model, settings.lora)
+        values["parameters"] = max(
+            sum(math.prod(shapes[key]) for key in trained_keys(settings.lora.aggregation, number, shapes))
+            for number in (1, 2)
+        )
+    return values
+
+
+def _print_plan(plan: "Plan", assumed: bool) -> None:
+    from fedft.privacy.accounting import format_epsilon
+
+    parameters = "assumed: r=16 on q, v of SmolLM2-135M" if assumed else "trained and noised"
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=False)
+    for name, value, meaning in (
+        ("nodes N", f"{plan.nodes:,}", ""),
+        ("clients a round n", f"{plan.cohort:,}", ""),
+        ("rounds T", f"{plan.rounds:,}", ""),
+        ("participations k", f"{plan.participations:,}", "rounds of the most-used node, ⌈T·n/N⌉"),
+        ("noise multiplier z", f"{plan.noise_multiplier:.6g}", "noise over sensitivity"),
+        ("clipping norm C", f"{plan.clipping_norm:g}", "longest update of a client"),
+        ("parameters d", f"{plan.parameters:,}", parameters),
+        ("σ", f"{plan.sigma:.4g}", "noise on each coordinate of the mean, zC/n"),
+        ("noise norm over C", f"{plan.noise_over_clipping_norm:.3g}", "z√d/n"),
+        (f"ε at δ {plan.delta:g}", format_epsilon(plan.epsilon), "a client's data replaced by nothing"),
+        ("", format_epsilon(plan.epsilon_replace_one), "a client's data replaced by other data"),
+    ):
+        table.add_row(name, value, meaning)
+    _out.print(table)
+    _out.print(f"\nverdict: {plan.verdict}", highlight=False, soft_wrap=True)
+    for line in plan.advice:
+        _out.print(f"- {line}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _draw_plan(plan: "Plan", file: Path) -> None:
+    from fedft.figures import draw_epsilon
+    from fedft.privacy.planner import epsilon_over_rounds
+
+    if not plan.noise_multiplier > 0:
+        raise PlanError("noise-multiplier=0 has an infinite ε, of which there is no picture")
+    cohorts = sorted({max(1, plan.cohort // 2), plan.cohort, min(plan.nodes, 2 * plan.cohort)})
+    curves = {f"{cohort} of {plan.nodes} a round": epsilon_over_rounds(plan, cohort) for cohort in cohorts}
+    draw_epsilon(curves, f"z = {plan.noise_multiplier:.4g}, δ = {plan.delta:g}", file)
+
+
+def _load_settings(project: Path, run_config: str) -> "Settings":
     from click import ClickException
     from flwr.common.config import get_fused_config_from_dir, parse_config_args
 

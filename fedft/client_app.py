@@ -14,10 +14,10 @@ from flwr.common.constant import ErrorCode
 
 from fedft.config import NodeSettings, Settings, parse_node_config, parse_run_config
 from fedft.data import Site, load_site
-from fedft.errors import FedftError
+from fedft.errors import AdapterError, FedftError
 from fedft.logs import log_like_flower
-from fedft.model import load_model, load_tokenizer, quiet_libraries
-from fedft.records import arrays_from_record, number_of, record_from_arrays
+from fedft.model import Adapter, adapter_digest, load_model, load_tokenizer, new_adapter, quiet_libraries, shapes_in
+from fedft.records import arrays_from_bytes, arrays_from_record, number_of, record_from_arrays
 
 _log = logging.getLogger(__name__)
 
@@ -42,15 +42,17 @@ def _train(message: Message, settings: Settings, node: NodeSettings) -> RecordDi
     started = time.monotonic()
     config = message.content.config_records["config"]
     site = _load_site(settings, node)
+    adapter = _received_adapter(message, settings)
     result = task.train(
         load_model(settings.model, settings.lora),
         load_tokenizer(settings.model),
-        arrays_from_record(message.content.array_records["arrays"]),
+        adapter,
         site.train,
         settings.train,
         learning_rate=number_of(config, "learning-rate"),
         gradient_checkpointing=settings.model.gradient_checkpointing,
         seed=_round_seed(settings, node, int(number_of(config, "server-round"))),
+        trained=message.content.array_records["arrays"],
     )
     metrics: dict[str, MetricRecordValues] = {
         "num-examples": len(site.train),
@@ -68,11 +70,7 @@ def _evaluate(message: Message, settings: Settings, node: NodeSettings) -> Recor
     examples = _load_site(settings, node).test
     if settings.eval.examples:
         examples = examples[: settings.eval.examples]
-    sums = task.evaluate(
-        load_model(settings.model, settings.lora),
-        arrays_from_record(message.content.array_records["arrays"]),
-        examples,
-    )
+    sums = task.evaluate(load_model(settings.model, settings.lora), _received_adapter(message, settings), examples)
     return RecordDict({"metrics": MetricRecord({**sums.as_metrics()})})
 
 
@@ -89,6 +87,29 @@ def _answer(
     except FedftError as error:
         _log.error("%s", error)
         return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, str(error)), reply_to=message)
+
+
+def _received_adapter(message: Message, settings: Settings) -> Adapter:
+    """Return the global adapter: the run's first one, with what changed since and was sent in its place.
+
+    Raises:
+        AdapterError: this node derives another first adapter from the seed than the server did.
+    """
+    config = message.content.config_records["config"]
+    first, digest = _first_adapter(settings)
+    if config.get("first-adapter") != digest:
+        raise AdapterError(
+            "this node derives another first adapter than the server; both need the same base model, run-config and "
+            "fedft"
+        )
+    arrays = message.content.array_records["arrays"]
+    return {**first, **arrays_from_bytes(config, "frozen-arrays"), **arrays_from_record(arrays)}
+
+
+@lru_cache(maxsize=1)
+def _first_adapter(settings: Settings) -> tuple[Adapter, str]:
+    adapter = new_adapter(shapes_in(load_model(settings.model, settings.lora)), settings.seed)
+    return adapter, adapter_digest(adapter)
 
 
 def _load_site(settings: Settings, node: NodeSettings) -> Site:

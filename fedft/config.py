@@ -87,7 +87,7 @@ class LoraSettings:
     alpha: float = _setting(above=0, at_most=65536)
     dropout: float = _setting(at_least=0, below=1)
     target_modules: str = _setting()
-    aggregation: str = _setting(choices=("lora",))
+    aggregation: str = _setting(choices=("lora", "ffa", "rolora", "fedsvd"))
 
     @property
     def target_module_names(self) -> tuple[str, ...]:
@@ -146,6 +146,8 @@ class DpSettings:
     target_epsilon: float = _setting(at_least=0)
     max_epsilon: float = _setting(at_least=0)
     delta: float = _setting(above=0, below=1)
+    clipping_quantile: float = _setting(at_least=0, below=1)
+    clipping_learning_rate: float = _setting(above=0, at_most=10)
 
 
 @dataclass(frozen=True)
@@ -294,6 +296,11 @@ def _refuse_contradictions(settings: Settings) -> None:
         raise ConfigError(
             f"run-config dp.target-epsilon={dp.target_epsilon:g} and dp.max-epsilon={dp.max_epsilon:g} need "
             "dp.unit='client'; with dp.unit='none' both must be 0"
+        )
+    if dp.unit == "none" and dp.clipping_quantile:
+        raise ConfigError(
+            f"run-config dp.clipping-quantile={dp.clipping_quantile:g} needs dp.unit='client'; with dp.unit='none' "
+            "nothing is clipped and it must be 0"
         )
     if dp.unit == "client" and dp.max_epsilon and not dp.target_epsilon and not dp.noise_multiplier:
         raise ConfigError(

@@ -40,3 +40,19 @@ class RunDirectoryError(FedftError):
 
 class FederationError(FedftError):
     """Too few nodes connected, or too few usable replies came back."""
+
+
+class NoFurtherRoundError(FedftError):
+    """No further round may or can run; the run ends as stopped, its adapter saved."""
+
+
+class LedgerError(FedftError):
+    """The privacy ledger refuses an entry, or its saved state is damaged."""
+
+
+class PlanError(FedftError):
+    """A privacy plan has a value out of range, or is given too much or too little to be worked out."""
+
+
+class AuditError(FedftError):
+    """Counts or scores of a privacy audit are out of range."""

@@ -9,7 +9,7 @@ import hashlib
 import logging
 import math
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Adapter = dict[str, NDArray[np.float32]]
+
+ADAPTER_FILE = "adapter_model.safetensors"
 
 
 @lru_cache(maxsize=1)
@@ -148,16 +150,26 @@ def adapter_shapes(settings: ModelSettings, lora: LoraSettings) -> Mapping[str, 
 
 
 def initial_adapter(settings: ModelSettings, lora: LoraSettings, seed: int) -> Adapter:
-    """Return a new adapter that changes nothing: A uniform in ±1/√(inputs), B zero (Hu et al., 2021, section 4.1).
-
-    The same seed gives the same adapter on every machine.
+    """Return the adapter that a run with this seed starts from, see `new_adapter`.
 
     Raises:
         ModelError: as `adapter_shapes`.
     """
+    return new_adapter(adapter_shapes(settings, lora), seed)
+
+
+def new_adapter(shapes: Mapping[str, tuple[int, ...]], seed: int) -> Adapter:
+    """Return a new adapter that changes nothing: A uniform in ±1/√(inputs), B zero (Hu et al., 2021, section 4.1).
+
+    The same seed gives the same adapter on every machine; `adapter_digest` tells whether it did.
+
+    Args:
+        shapes: key to shape, sorted by key.
+        seed: the run's.
+    """
     rng = np.random.default_rng([seed, 0xA])
     adapter: Adapter = {}
-    for key, shape in adapter_shapes(settings, lora).items():
+    for key, shape in shapes.items():
         if key.endswith(".lora_A.weight"):
             bound = 1 / math.sqrt(shape[1])
             adapter[key] = rng.uniform(-bound, bound, shape).astype(np.float32)
@@ -212,9 +224,27 @@ def set_adapter(model: "PeftModel", adapter: Mapping[str, NDArray[np.float32]]) 
     import torch
 
     parameters = _adapter_parameters(model)
-    check_adapter(adapter, {key: tuple(value.shape) for key, value in parameters.items()})
+    check_adapter(adapter, shapes_in(model))
     for key, parameter in parameters.items():
         parameter.data = torch.tensor(adapter[key], dtype=torch.float32, device=parameter.device)
+
+
+@contextmanager
+def only_training(model: "PeftModel", keys: Collection[str]) -> Iterator[None]:
+    """Freeze the model's other LoRA parameters inside the block: neither step nor gradient is computed for them."""
+    frozen = [value for key, value in _adapter_parameters(model).items() if key not in keys]
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+
+
+def shapes_in(model: "PeftModel") -> dict[str, tuple[int, ...]]:
+    """Return the keys and shapes of the model's adapter, as `adapter_shapes` does without the model."""
+    return {key: tuple(value.shape) for key, value in _adapter_parameters(model).items()}
 
 
 def get_adapter(model: "PeftModel") -> Adapter:
@@ -228,14 +258,22 @@ def save_adapter(folder: Path, adapter: Adapter, settings: ModelSettings, lora: 
     Raises:
         OSError: the files cannot be written.
     """
-    from safetensors.numpy import save
-
     config = lora_config(settings, lora)
     config.inference_mode = True
     config.target_modules = sorted({key.removesuffix(".weight").split(".")[-2] for key in adapter})
     config.save_pretrained(str(folder))
-    content = save(adapter, metadata={"format": "pt"})  # not save_file: it reports a full disk as an error of its own
-    (folder / "adapter_model.safetensors").write_bytes(content)
+    (folder / ADAPTER_FILE).write_bytes(_as_safetensors(adapter))
+
+
+def adapter_digest(adapter: Mapping[str, NDArray[np.float32]]) -> str:
+    """Return the SHA-256, in hexadecimal, of the adapter's file as `save_adapter` writes it."""
+    return hashlib.sha256(_as_safetensors(adapter)).hexdigest()
+
+
+def _as_safetensors(adapter: Mapping[str, NDArray[np.float32]]) -> bytes:
+    from safetensors.numpy import save  # not save_file: it reports a full disk as an error of its own
+
+    return save(dict(adapter), metadata={"format": "pt"})
 
 
 @contextmanager

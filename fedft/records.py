@@ -6,6 +6,8 @@ from typing import Any
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord
 from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
 
 from fedft.errors import ConfigError
 
@@ -24,6 +26,26 @@ def arrays_from_record(record: ArrayRecord) -> dict[str, NDArray[Any]]:
     return {key: array.numpy() for key, array in record.items()}
 
 
+def bytes_from_arrays(adapter: Mapping[str, NDArray[np.float32]]) -> bytes:
+    """Return arrays as one value of a `ConfigRecord`: what a node needs but must not answer."""
+    return save(dict(adapter)) if adapter else b""
+
+
+def arrays_from_bytes(config: ConfigRecord, key: str) -> dict[str, NDArray[Any]]:
+    """Return the arrays that `bytes_from_arrays` packed.
+
+    Raises:
+        ConfigError: the value is missing or holds something else.
+    """
+    value = config.get(key)
+    try:
+        if not isinstance(value, bytes):
+            raise TypeError(f"a value of type {type(value).__name__}")
+        return dict(load(value)) if value else {}
+    except (SafetensorError, TypeError, ValueError) as error:
+        raise ConfigError(f"the server sent {key} as {error}; server and node need the same fedft") from error
+
+
 def number_of(config: ConfigRecord, key: str) -> float:
     """Return a number that the server sends with a round.
 
@@ -36,6 +58,7 @@ def number_of(config: ConfigRecord, key: str) -> float:
     return value
 
 
-def record_size(record: ArrayRecord) -> int:
-    """Return the bytes of a record's arrays."""
-    return sum(len(array.data) for array in record.values())
+def record_size(record: ArrayRecord, config: ConfigRecord | None = None) -> int:
+    """Return the bytes of a record's arrays, and of those packed into a configuration."""
+    packed = sum(len(value) for value in (config or {}).values() if isinstance(value, bytes))
+    return sum(len(array.data) for array in record.values()) + packed

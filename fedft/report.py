@@ -35,14 +35,41 @@ def model_card(settings: Settings, metrics: Sequence[Mapping[str, Any]], privacy
     lines += ["## Privacy", ""]
     if privacy["unit"] == "none":
         return "\n".join([*lines, "None: updates were neither clipped nor noised (`dp.unit = none`).", ""])
-    lines += [
+    return "\n".join([*lines, *_claim(privacy), ""])
+
+
+def _claim(privacy: Mapping[str, Any]) -> list[str]:
+    """Return the certificate as a model card states it: in a sentence, then line by line."""
+    histogram = ", ".join(f"{nodes} in {count}" for count, nodes in privacy["participation_histogram"].items())
+    adapter = privacy["adapter"]
+    norms = [line["clipping_norm"] for line in privacy["rounds"]] or [privacy["clipping_norm"]]
+    steered = f", from {norms[0]:.6g} to {norms[-1]:.6g} over the rounds" if privacy["bit_noise"] else ""
+    facts = {
+        "Unit": privacy["unit"],
+        "Adjacency": f"{privacy['adjacency']}; ε = {privacy['epsilon_replace_one']:.6g} for replaced by other data",
+        "Mechanism": privacy["mechanism"],
+        "Clipping norm C": f"{privacy['clipping_norm']:.6g}{steered}",
+        "Noise multiplier z": f"{privacy['noise_multiplier']:.6g}",
+        "Clients a round n, of N": f"{privacy['cohort_size']} of {privacy['nodes']}",
+        "Rounds": f"{privacy['rounds_planned']} planned, {privacy['releases']} released",
+        "Rounds per client": f"at most {privacy['participations']}; {privacy['participations_planned']} planned",
+        "Clients by rounds": histogram or "none",
+        "Aggregation": privacy["aggregation"],
+        "Generator": privacy["generator"],
+        "Base model": privacy["base_model"],
+        "Adapter": f"{adapter['file']}, sha256 {adapter['sha256']}" if adapter else "none",
+    }
+    return [
         f"(ε = {privacy['epsilon']:.6g}, δ = {privacy['delta']:g}) at the level of a client: {privacy['verdict']}.",
-        f"Adjacency: {privacy['adjacency']}. Mechanism: {privacy['mechanism']}; C = {privacy['clipping_norm']:g}, "
-        f"z = {privacy['noise_multiplier']:g}, n = {privacy['cohort_size']}, {privacy['releases']} releases. "
-        f"Not covered: {'; '.join(privacy['not_covered'])}.",
         "",
+        "| | |",
+        "|---|---|",
+        *(f"| {name} | {fact} |" for name, fact in facts.items()),
+        "",
+        "Outside this claim:",
+        "",
+        *(f"- {item}" for item in privacy["not_covered"]),
     ]
-    return "\n".join(lines)
 
 
 def _score_row(line: Mapping[str, Any]) -> str:

@@ -1,30 +1,35 @@
-"""Flower strategies of a run: federated averaging over a cohort, and its wrapping in client-level privacy.
+"""The Flower strategy of a run: federated averaging of LoRA factors over a balanced schedule of cohorts.
 
-The only join of Flower's strategies with `fedft.privacy`. Both classes are Flower `Strategy` objects; `server_app.py`
-calls their hooks round by round. Whatever a node answers is checked here before it counts: an error, a missing reply,
-or an adapter that is misshapen or not finite is a failure with a reason, never an exception.
+`server_app.py` calls its hooks round by round, and hands it the whole global adapter each time. What travels is what a
+node cannot derive: the factors that train in the round as arrays, in both directions, and downwards the frozen ones
+that have changed since the run's first adapter, packed into the one `ConfigRecord`. Whatever a node answers is checked
+here before it counts: an error, a missing or second reply, or an update that is misshapen or not finite is a failure
+with a reason, never an exception.
 """
 
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import TypeVar
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import FedAvg, Strategy
+from flwr.serverapp.strategy import FedAvg
 from flwr.supercore.differential_privacy import KEY_CLIPPING_NORM
 from numpy.typing import NDArray
 
+from fedft.aggregation import after_average, trained_keys
 from fedft.config import StrategySettings
-from fedft.errors import AdapterError, FederationError
+from fedft.errors import AdapterError, FederationError, NoFurtherRoundError
 from fedft.evaluation import EvaluationSums
-from fedft.model import Adapter, check_adapter
-from fedft.privacy.mechanism import GaussianReleases
-from fedft.records import arrays_from_record, record_from_arrays, record_size
+from fedft.model import Adapter, adapter_digest, check_adapter
+from fedft.records import arrays_from_record, bytes_from_arrays, record_from_arrays, record_size
+from fedft.schedule import draw, eligible, most_participations
 
 _log = logging.getLogger(__name__)
 
@@ -36,7 +41,7 @@ _Record = TypeVar("_Record")
 
 @dataclass(frozen=True)
 class ClientReply:
-    """A usable training reply."""
+    """A usable training reply: the arrays that trained, clipped by the client under privacy."""
 
     adapter: Adapter
     examples: int
@@ -61,26 +66,48 @@ class CohortFedAvg(FedAvg):
 
     Adapters are averaged with the clients' numbers of examples as weights. A round with fewer usable replies than
     `strategy.min-replies` raises `FederationError`.
+
+    Args:
+        settings: who takes part, and how long to wait.
+        aggregation: `lora.aggregation`.
+        first: the run's first adapter, which every node derives from the seed.
+        seed: the run's; decides the cohorts.
     """
 
-    def __init__(self, settings: StrategySettings, shapes: Mapping[str, tuple[int, ...]], seed: int) -> None:
+    def __init__(self, settings: StrategySettings, aggregation: str, first: Adapter, seed: int) -> None:
         super().__init__(fraction_train=settings.fraction_train, min_available_nodes=settings.min_available_nodes)
         self.settings = settings
-        self.shapes = shapes
+        self.aggregation = aggregation
         self.seed = seed
         self.cohort_size = 0
+        self.most_participations = 0
+        self.participations: Counter[int] = Counter()
+        self.shapes: dict[str, tuple[int, ...]] = {}
         self.report = RoundReport()
+        self._first = first
+        self._first_digest = adapter_digest(first)
         self._sent: Adapter = {}
         self._awaited = 0
+        self._unanswered: set[int] = set()
 
-    def plan(self, grid: Grid) -> int:
-        """Wait for the nodes and fix the cohort size, `fraction-train` of those connected; return how many they are.
+    def plan(self, grid: Grid, rounds: int) -> int:
+        """Wait for the nodes and plan the cohorts; return how many nodes they are.
+
+        The cohort size is `fraction-train` of the nodes connected; with the rounds it decides how often each node may
+        take part, see `schedule`.
 
         Raises:
             FederationError: fewer than `min-available-nodes` within `node-timeout`.
         """
-        nodes = self._wait_for(grid, self.settings.min_available_nodes, "strategy.min-available-nodes")
+        wanted, timeout = self.settings.min_available_nodes, self.settings.node_timeout
+        nodes = self._wait_for(grid, wanted)
+        if len(nodes) < wanted:
+            raise FederationError(
+                f"{len(nodes)} nodes are connected after strategy.node-timeout={timeout:g}s, but "
+                f"strategy.min-available-nodes={wanted}; start more SuperNodes or lower that key"
+            )
         self.cohort_size = max(1, round(self.settings.fraction_train * len(nodes)))
+        self.most_participations = most_participations(rounds, self.cohort_size, len(nodes))
         if self.settings.min_replies > self.cohort_size:
             raise FederationError(
                 f"strategy.min-replies={self.settings.min_replies} is larger than the cohort of {self.cohort_size} "
@@ -94,14 +121,24 @@ class CohortFedAvg(FedAvg):
         """Return the training messages of a round's cohort; starts a new `report`.
 
         `fixedclipping_mod` needs a clipping norm in every one: infinity, unless the configuration holds another.
+
+        Raises:
+            NoFurtherRoundError: fewer than `min-replies` nodes may still take part, after `node-timeout`.
         """
-        config = ConfigRecord({KEY_CLIPPING_NORM: math.inf, **config})
         self.report = RoundReport()
         self._sent = arrays_from_record(arrays)
-        nodes = self._wait_for(grid, self.settings.min_replies, "strategy.min-replies")
-        chosen = _draw(nodes, self.cohort_size, [self.seed, 0xC, server_round])
-        self.report.cohort = len(chosen)
-        return self._messages(server_round, arrays, config, chosen, MessageType.TRAIN)
+        cohort = self._next_cohort(server_round, grid)
+        self.participations.update(cohort)
+        self.report.cohort = len(cohort)
+        self._unanswered = set(cohort)
+        trained = trained_keys(self.aggregation, server_round, self._sent)
+        self.shapes = {key: self._sent[key].shape for key in trained}
+        changed = self._changed(self._sent)
+        frozen = bytes_from_arrays({key: changed[key] for key in changed if key not in self.shapes})
+        config = ConfigRecord({KEY_CLIPPING_NORM: math.inf, **config, "frozen-arrays": frozen})
+        return self._messages(
+            server_round, {key: self._sent[key] for key in trained}, config, cohort, MessageType.TRAIN
+        )
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -117,16 +154,24 @@ class CohortFedAvg(FedAvg):
         for reply in usable:
             for key, value in reply.adapter.items():
                 mean[key] += value * (reply.examples / weight)
-        return record_from_arrays(mean), MetricRecord({"train_loss": self.report.train_loss})
+        return self.averaged(mean)
+
+    def averaged(self, arrays: Mapping[str, NDArray[np.float64]]) -> tuple[ArrayRecord, MetricRecord]:
+        """Return the whole global adapter after a round, given its trained arrays, with the round's training loss."""
+        trained = {key: value.astype(np.float32) for key, value in arrays.items()}
+        adapter = after_average(self.aggregation, {**self._sent, **trained})
+        return record_from_arrays(adapter), MetricRecord({"train_loss": self.report.train_loss})
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> list[Message]:
         """Return the evaluation messages to `fraction-evaluate` of the nodes."""
-        nodes = list(grid.get_node_ids())
+        nodes = _node_ids(grid)
         count = math.ceil(self.settings.fraction_evaluate * len(nodes))
-        chosen = _draw(nodes, count, [self.seed, 0xE, server_round])
-        return self._messages(server_round, arrays, config, chosen, MessageType.EVALUATE)
+        chosen = draw(nodes, count, {}, np.random.default_rng([self.seed, 0xE, server_round]))
+        config = ConfigRecord({**config, "frozen-arrays": b""})
+        changed = self._changed(arrays_from_record(arrays))
+        return self._messages(server_round, changed, config, chosen, MessageType.EVALUATE)
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Return loss and accuracy over all nodes' held-out examples, and keep their sums in `report`."""
@@ -162,29 +207,45 @@ class CohortFedAvg(FedAvg):
 
     @property
     def sent(self) -> Adapter:
-        """The adapter that this round's cohort was sent."""
+        """The whole adapter that this round's cohort started from."""
         return self._sent
 
-    def _wait_for(self, grid: Grid, count: int, key: str) -> list[int]:
+    def _next_cohort(self, server_round: int, grid: Grid) -> list[int]:
+        wanted = self.settings.min_replies
+        nodes = self._wait_for(grid, wanted, self._eligible)
+        if len(nodes) < wanted:
+            raise NoFurtherRoundError(
+                f"round {server_round} finds {len(nodes)} nodes that were in fewer than {self.most_participations} "
+                f"rounds, the most that was planned, and strategy.min-replies={wanted}"
+            )
+        rng = np.random.default_rng([self.seed, 0xC, server_round])
+        return draw(nodes, self.cohort_size, self.participations, rng)
+
+    def _eligible(self, nodes: list[int]) -> list[int]:
+        return eligible(nodes, self.participations, self.most_participations)
+
+    def _wait_for(self, grid: Grid, count: int, select: Callable[[list[int]], list[int]] = list) -> list[int]:
+        """Return the selected ones of the connected nodes, once they are `count` or `node-timeout` has passed."""
         deadline = time.monotonic() + self.settings.node_timeout
-        nodes = list(grid.get_node_ids())
+        nodes = select(_node_ids(grid))
         if len(nodes) < count:
-            _log.info("waiting up to %gs for %d nodes; %d connected", self.settings.node_timeout, count, len(nodes))
-        while len(nodes) < count:
-            if time.monotonic() > deadline:
-                raise FederationError(
-                    f"{len(nodes)} nodes are connected after strategy.node-timeout={self.settings.node_timeout:g}s, "
-                    f"but {key}={count}; start more SuperNodes or lower that key"
-                )
-            time.sleep(_POLL_SECONDS)
-            nodes = list(grid.get_node_ids())
+            _log.info("waiting up to %gs for %d nodes; %d are there", self.settings.node_timeout, count, len(nodes))
+        while len(nodes) < count and time.monotonic() < deadline:
+            time.sleep(min(_POLL_SECONDS, self.settings.node_timeout))
+            nodes = select(_node_ids(grid))
         return nodes
 
+    def _changed(self, adapter: Adapter) -> Adapter:
+        """Return the arrays that no node can derive from the seed."""
+        return {key: value for key, value in adapter.items() if not np.array_equal(value, self._first[key])}
+
     def _messages(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, nodes: list[int], kind: str
+        self, server_round: int, adapter: Adapter, config: ConfigRecord, nodes: list[int], kind: str
     ) -> list[Message]:
-        content = RecordDict({"arrays": arrays, "config": ConfigRecord({**config, "server-round": server_round})})
-        self.report.bytes_down += record_size(arrays) * len(nodes)
+        arrays = record_from_arrays(adapter)
+        config = ConfigRecord({**config, "first-adapter": self._first_digest, "server-round": server_round})
+        content = RecordDict({"arrays": arrays, "config": config})
+        self.report.bytes_down += record_size(arrays, config) * len(nodes)
         self._awaited = len(nodes)
         return list(self._construct_messages(content, nodes, kind))
 
@@ -213,59 +274,10 @@ class CohortFedAvg(FedAvg):
             raise ValueError(f"train_loss={loss!r} is not a finite number")
         adapter = arrays_from_record(arrays)
         check_adapter(adapter, self.shapes)
+        if message.metadata.src_node_id not in self._unanswered:
+            raise ValueError("it was not asked, or has answered already")  # one client counts once, whatever arrives
+        self._unanswered.discard(message.metadata.src_node_id)
         return ClientReply(adapter, examples, loss)
-
-
-class ClientLevelDP(Strategy):
-    """`CohortFedAvg` wrapped in client-level differential privacy with fixed clipping and a fixed denominator.
-
-    Clients clip through Flower's `fixedclipping_mod`; the server clips again, adds the updates up with equal weights,
-    divides by the planned cohort size and adds noise, as `fedft.privacy` states and counts it.
-    """
-
-    def __init__(self, strategy: CohortFedAvg, releases: GaussianReleases) -> None:
-        self.strategy = strategy
-        self.releases = releases
-
-    def summary(self) -> None:
-        """Log the mechanism."""
-        _log.info("privacy: unit client, C=%g, z=%g", self.releases.clipping_norm, self.releases.noise_multiplier)
-
-    def configure_train(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> list[Message]:
-        """Return the cohort's training messages, with the clipping norm for `fixedclipping_mod`."""
-        with_clipping = ConfigRecord({**config, KEY_CLIPPING_NORM: self.releases.clipping_norm})
-        return self.strategy.configure_train(server_round, arrays, with_clipping, grid)
-
-    def aggregate_train(
-        self, server_round: int, replies: Iterable[Message]
-    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Return the sent adapter plus one noised mean update, cast to float32 last.
-
-        Raises:
-            FederationError: fewer usable replies than `min-replies`; then nothing is released.
-        """
-        usable = self.strategy.usable_replies(replies)
-        mean = self.releases.release(map(self.strategy.update_of, usable), self.strategy.shapes)
-        adapter = {key: self.strategy.sent[key] + value for key, value in mean.items()}
-        return record_from_arrays(adapter), MetricRecord({"train_loss": self.strategy.report.train_loss})
-
-    def configure_evaluate(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> list[Message]:
-        """Return the evaluation messages; they need no privacy beyond that of the adapter."""
-        return self.strategy.configure_evaluate(server_round, arrays, config, grid)
-
-    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-        """Return the held-out figures, which are not noised."""
-        return self.strategy.aggregate_evaluate(server_round, replies)
-
-
-def _draw(nodes: Sequence[int], count: int, seed: list[int]) -> list[int]:
-    order = np.random.default_rng(seed).permutation(len(nodes))[:count]
-    ordered = sorted(nodes)
-    return sorted(ordered[index] for index in order)
 
 
 def _read_evaluation(message: Message) -> EvaluationSums:
@@ -282,3 +294,13 @@ def _only(records: Mapping[str, _Record], kind: str) -> _Record:
     if len(records) != 1:
         raise ValueError(f"the reply holds {len(records)} {kind}s instead of one")
     return next(iter(records.values()))
+
+
+def _node_ids(grid: Grid) -> list[int]:
+    """Return the connected nodes in the order in which they registered, the same in each simulation; ids are random."""
+    ordered = sorted(grid.get_nodes(), key=lambda node: (_instant(node.registered_at), node.node_id))
+    return [node.node_id for node in ordered]
+
+
+def _instant(text: str) -> float:
+    return datetime.fromisoformat(text).timestamp() if text else 0.0

@@ -7,7 +7,7 @@ padding is on the right and therefore needs no attention mask, and no per-token 
 
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +25,7 @@ from fedft.config import TrainSettings
 from fedft.data import Example
 from fedft.errors import AdapterError
 from fedft.evaluation import EvaluationSums
-from fedft.model import Adapter, check_adapter, get_adapter, quiet_libraries, set_adapter
+from fedft.model import Adapter, check_adapter, get_adapter, only_training, quiet_libraries, set_adapter
 
 _EVALUATION_BATCH = 8
 _IGNORED = -100
@@ -37,6 +37,7 @@ class TrainResult:
     """What one client's local training gave."""
 
     adapter: Adapter
+    """The arrays that trained."""
     loss: float
     """Mean training loss over the steps, in nats per completion token."""
     steps: int
@@ -54,8 +55,9 @@ def train(
     learning_rate: float,
     gradient_checkpointing: bool,
     seed: int,
+    trained: Collection[str] | None = None,
 ) -> TrainResult:
-    """Train the adapter on a node's examples for one round and return it.
+    """Train the adapter on a node's examples for one round and return what trained of it.
 
     Args:
         model: from `load_model`; left with the trained adapter.
@@ -66,24 +68,28 @@ def train(
         learning_rate: constant within the round.
         gradient_checkpointing: recompute activations in the backward pass.
         seed: decides which examples are drawn, their order and the dropout.
+        trained: the keys of the adapter that train; None is all. The others are frozen.
 
     Raises:
         AdapterError: `adapter` does not fit the model, or training made it non-finite or left it unchanged.
     """
+    keys = list(adapter) if trained is None else [key for key in adapter if key in trained]
     drawn = draw_examples([example.length for example in examples], settings, np.random.default_rng([seed, 0xB]))
     rows = [_training_row(examples[index]) for index in drawn]
     with tempfile.TemporaryDirectory(prefix="fedft-") as scratch:
         trainer = _make_trainer(model, tokenizer, rows, settings, scratch, learning_rate, gradient_checkpointing, seed)
         try:
             set_adapter(model, adapter)  # after the trainer's own start, which casts the LoRA weights of a 4-bit base
-            outcome = trainer.train()
+            with only_training(model, keys):
+                outcome = trainer.train()
         finally:
             vars(model.get_base_model()).pop("forward", None)  # undo the trainer's patch: it would pile up
-    trained = get_adapter(model)
-    check_adapter(trained, {key: value.shape for key, value in adapter.items()})
-    if all(np.array_equal(trained[key], adapter[key]) for key in adapter):
+    after = get_adapter(model)
+    result = {key: after[key] for key in keys}
+    check_adapter(result, {key: adapter[key].shape for key in keys})
+    if all(np.array_equal(result[key], adapter[key]) for key in keys):
         raise AdapterError("training left the adapter unchanged; is train.learning-rate-max too small?")
-    return TrainResult(trained, float(outcome.training_loss), int(outcome.global_step), sum(map(_tokens, rows)))
+    return TrainResult(result, float(outcome.training_loss), int(outcome.global_step), sum(map(_tokens, rows)))
 
 
 def draw_examples(lengths: Sequence[int], settings: TrainSettings, rng: np.random.Generator) -> list[int]:

@@ -147,3 +147,20 @@ def test_full_disk_is_one_clear_line_and_keeps_the_round_before(tmp_path: Path) 
         run.finish_round(2, line(2), {}, fill)
     assert read_state(run.path)["round"] == 1
     assert not list(run.path.glob(".peft*"))
+
+
+def test_privacy_can_run_ahead_of_the_round_and_is_replaced_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = finished_run(tmp_path, rounds=1)
+    run.write_privacy({"epsilon": 2.0})
+    assert json.loads((run.path / "privacy.json").read_text()) == {"epsilon": 2.0}
+    assert read_state(run.path)["round"] == 1
+
+    def die(source: Path, target: Path) -> Path:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "replace", die)
+    with pytest.raises(KeyboardInterrupt):
+        run.write_privacy({"epsilon": 3.0})
+    assert json.loads((run.path / "privacy.json").read_text()) == {"epsilon": 2.0}

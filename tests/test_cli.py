@@ -32,6 +32,14 @@ def refused(*arguments: str) -> str:
     return result.stderr
 
 
+def misused(*arguments: str) -> str:
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert result.stderr.count("\n") == 1
+    return result.stderr
+
+
 def make_run(folder: Path, base: Path) -> RunDirectory:
     settings = make_settings(model__name=str(base), lora__r=4)
     config = {
@@ -115,6 +123,85 @@ def test_partitions_outside_the_project_says_where_to_run_it(tmp_path: Path) -> 
 
 def test_fetch_refuses_an_unknown_built_in() -> None:
     assert "there are: builtin:smollm2-135m-instruct, builtin:medmcqa" in refused("fetch", "builtin:none")
+
+
+NOTEBOOK = ("--nodes", "20", "--cohort", "4", "--rounds", "10")
+
+
+def test_plan_calls_the_notebooks_setting_hopeless_and_exits_with_0() -> None:
+    output = run("plan", *NOTEBOOK, "--noise-multiplier", "0.02", "--clipping-norm", "0.5")
+    assert "2,801" in output
+    assert "verdict: this protects nobody" in output
+    assert "do not call this private" in output
+    assert "assumed: r=16" in output
+
+
+@pytest.mark.parametrize(
+    ("given", "name", "value"),
+    [
+        (("--rounds", "10", "--noise-multiplier", "1"), "epsilon", 6.572970),
+        (("--rounds", "10", "--epsilon", "6.572970"), "noise_multiplier", 1.0),
+        (("--noise-multiplier", "1", "--epsilon", "6.58"), "rounds", 10),
+    ],
+)
+def test_plan_works_out_the_missing_one_as_json(given: tuple[str, ...], name: str, value: float) -> None:
+    facts = json.loads(run("plan", "--nodes", "20", "--cohort", "4", *given, "--parameters", "100", "--json"))
+    assert facts[name] == pytest.approx(value, rel=2e-5)
+    assert facts["parameters"] == 100
+
+
+def test_plan_reads_the_run_config_and_counts_the_adapter(llama_folder: Path) -> None:
+    overrides = f"model.name='{llama_folder}' lora.r=4 strategy.fraction-train=0.1 dp.target-epsilon=4.5 dp.delta=1e-6"
+    given = ("plan", "--run-config", overrides, "--project", str(PROJECT), "--json")
+    facts = json.loads(run(*given, "--nodes", "50"))
+    assert (facts["nodes"], facts["cohort"], facts["rounds"], facts["delta"]) == (50, 5, 3, 1e-6)
+    assert facts["epsilon"] == pytest.approx(4.5, rel=1e-3)
+    assert facts["parameters"] == 2 * 4 * (64 + 64 + 64 + 32)  # two layers, r=4: q is 64 to 64, v is 64 to 32
+    ffa = ("plan", "--run-config", f"{overrides} lora.aggregation='ffa'", *given[3:], "--nodes", "50")
+    assert json.loads(run(*ffa))["parameters"] == 2 * 4 * (64 + 32)
+    assert json.loads(run(*given, "--nodes", "50", "--noise-multiplier", "2"))["noise_multiplier"] == 2
+    assert json.loads(run(*given, "--nodes", "50", "--noise-multiplier", "2", "--epsilon", "8"))["rounds"] > 10
+
+
+def test_plan_draws_epsilon_over_rounds(tmp_path: Path) -> None:
+    picture = tmp_path / "epsilon.svg"
+    CliRunner().invoke(app, ["plan", *NOTEBOOK, "--noise-multiplier", "1", "--picture", str(picture)])
+    assert "<svg" in picture.read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--nodes", "20", "--cohort", "4"), "exactly two must be given"),
+        ((*NOTEBOOK, "--noise-multiplier", "1", "--epsilon", "1"), "exactly two must be given"),
+        ((*NOTEBOOK, "--noise-multiplier", "nan"), "noise-multiplier=nan is not allowed"),
+        ((*NOTEBOOK, "--epsilon", "-1"), "epsilon=-1.0 is not allowed"),
+        (("--cohort", "4"), "--nodes is missing"),
+        (("--nodes", "3", "--cohort", "4", "--rounds", "1", "--epsilon", "1"), "cohort=4 is not allowed"),
+        (("--nodes", "9", "--cohort", "4", "--noise-multiplier", "0.1", "--epsilon", "1"), "allows not one round"),
+    ],
+)
+def test_plan_refuses_wrong_options_with_one_line(arguments: tuple[str, ...], words: str) -> None:
+    assert words in misused("plan", *arguments)
+
+
+def test_plan_refuses_a_picture_it_cannot_write(tmp_path: Path) -> None:
+    for name in ("no/such/folder.png", "epsilon.xyz"):
+        given = ["plan", *NOTEBOOK, "--noise-multiplier", "1", "--picture", str(tmp_path / name)]
+        result = CliRunner().invoke(app, given)
+        assert result.exit_code == 2
+        assert "cannot write the picture" in result.stderr
+
+
+def test_plan_imports_no_training_library() -> None:
+    code = (
+        "import sys\nfrom typer.testing import CliRunner\nfrom fedft.cli import app\n"
+        f"result = CliRunner().invoke(app, {['plan', *NOTEBOOK, '--epsilon', '4.5']!r})\n"
+        "assert result.exit_code == 0, result.output\n"
+        "heavy = {'torch', 'transformers', 'flwr', 'datasets', 'matplotlib'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_help_imports_nothing_heavy() -> None:

@@ -27,6 +27,9 @@ def test_pyproject_defaults_are_valid_and_complete(run_config: dict[str, Any]) -
         ("model.dtype", "int8"),
         ("model.gradient-checkpointing", 1),
         ("lora.r", 0),
+        ("lora.aggregation", "fedit"),
+        ("dp.clipping-quantile", 1.0),
+        ("dp.clipping-learning-rate", 0.0),
         ("lora.dropout", 1.0),
         ("lora.aggregation", "median"),
         ("data.partitioner", "random"),
@@ -75,6 +78,7 @@ def test_unknown_and_missing_keys_are_refused(run_config: dict[str, Any]) -> Non
         {"data__prompt_column": "input"},
         {"data__partitioner": "natural", "data__partition_by": ""},
         {"dp__unit": "none", "dp__max_epsilon": 8.0},
+        {"dp__unit": "none", "dp__clipping_quantile": 0.5},
         {"dp__noise_multiplier": 0.0, "dp__max_epsilon": 8.0},
     ],
 )

@@ -110,7 +110,7 @@ def test_app_bundle_ships_the_package_and_no_data(tmp_path_factory: pytest.TempP
     (bundle,) = folder.glob("*.fab")
     shipped = set(zipfile.ZipFile(bundle).namelist())
     assert {"fedft/server_app.py", "fedft/client_app.py", "pyproject.toml"} <= shipped
-    modules = {f"fedft/{file.name}" for file in (PROJECT / "fedft").glob("*.py")}
+    modules = {str(file.relative_to(PROJECT)) for file in (PROJECT / "fedft").rglob("*.py")}
     assert shipped - modules <= {"pyproject.toml", "LICENSE", "README.md", ".info/CONTENT"}, shipped - modules
 
 

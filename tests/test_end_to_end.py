@@ -3,6 +3,7 @@
 Each test has its own FLWR_HOME, HOME and free ports, and ends the SuperLink it started by its pid.
 """
 
+import hashlib
 import json
 import re
 import subprocess
@@ -18,6 +19,7 @@ from flower import Flower, read_run
 
 from fedft import builtin
 from fedft.privacy.accounting import gaussian_epsilon
+from fedft.privacy.ledger import Ledger
 
 pytestmark = pytest.mark.e2e
 
@@ -55,7 +57,11 @@ def test_built_in_model_learns_from_built_in_data_under_noise(flower: Flower) ->
     assert [(line["replies"], line["failures"]) for line in metrics[1:]] == [(2, 0)] * 2
     assert metrics[-1]["epsilon"] == pytest.approx(gaussian_epsilon(0.02, 2, 1e-5))
     privacy = json.loads((flower.latest() / "privacy.json").read_text())
-    assert (privacy["unit"], privacy["releases"]) == ("client", 2)
+    assert (privacy["unit"], privacy["releases"], privacy["participations"]) == ("client", 2, 2)
+    assert privacy["epsilon_dp_accounting"] == pytest.approx(privacy["epsilon"], rel=1e-6)
+    adapter = flower.latest() / privacy["adapter"]["file"]
+    assert hashlib.sha256(adapter.read_bytes()).hexdigest() == privacy["adapter"]["sha256"]
+    assert Ledger.from_dict(privacy["ledger"]).released == 2
     for words in ("σ 0.01", "this protects nobody", f"adapter: {flower.latest() / 'peft_2'}", "round 2/2"):
         assert words in log
     check_adapter_in_plain_peft(flower.latest() / "peft_2")
@@ -90,8 +96,8 @@ def test_notebook_preset_runs_on_local_copies_of_the_same_shapes(
     nodes = "num-supernodes=20 client-resources-num-cpus=1"
     status, log = flower.wait(flower.start(nodes, run_config=str(file)), 300)
     assert status == "finished:completed", log
-    assert "σ 0.0025, ε 13,173 at δ 1e-05; 4 replies, 0 failures" in log
-    assert "the simple Rényi account would say ε 13,862" in log
+    assert "σ 0.0025, ε 2,801 at δ 1e-05; 4 replies, 0 failures" in log
+    assert "no client was in more than 2 rounds: ε 2,801 at δ 1e-05 under zero-out adjacency" in log
     assert "this protects nobody" in log
     state, metrics = read_run(flower.latest())
     assert [line["cohort"] for line in metrics] == [0, *[4] * 10]

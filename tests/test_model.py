@@ -1,4 +1,5 @@
 import dataclasses
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ from conftest import make_settings
 from fedft.config import Settings
 from fedft.errors import AdapterError, ModelError
 from fedft.model import (
+    ADAPTER_FILE,
+    adapter_digest,
     adapter_shapes,
     check_adapter,
     compute_dtype,
@@ -18,8 +21,11 @@ from fedft.model import (
     initial_adapter,
     load_model,
     load_tokenizer,
+    new_adapter,
+    quiet_libraries,
     save_adapter,
     set_adapter,
+    shapes_in,
 )
 
 
@@ -63,6 +69,22 @@ def test_initial_adapter_changes_nothing_and_depends_on_the_seed(model_folder: P
         torch.testing.assert_close(model(input_ids=ids).logits, base)
 
 
+def test_first_adapter_is_the_same_from_the_model_and_from_its_configuration(model_folder: Path) -> None:
+    settings = settings_for(model_folder)
+    shapes = shapes_in(load_model(settings.model, settings.lora))
+    assert shapes == adapter_shapes(settings.model, settings.lora)
+    assert list(shapes) == list(adapter_shapes(settings.model, settings.lora))
+    first = initial_adapter(settings.model, settings.lora, 1)
+    assert adapter_digest(new_adapter(shapes, 1)) == adapter_digest(first) != adapter_digest(new_adapter(shapes, 2))
+
+
+def test_digest_is_that_of_the_saved_file(tmp_path: Path, llama_folder: Path) -> None:
+    settings = settings_for(llama_folder)
+    adapter = initial_adapter(settings.model, settings.lora, 1)
+    save_adapter(tmp_path, adapter, settings.model, settings.lora)
+    assert hashlib.sha256((tmp_path / ADAPTER_FILE).read_bytes()).hexdigest() == adapter_digest(adapter)
+
+
 @pytest.mark.parametrize("damage", ["missing", "unknown", "shape", "dtype", "nan"])
 def test_adapter_that_does_not_fit_is_refused_with_its_key(damage: str) -> None:
     shapes = {"x.lora_A.weight": (2, 3), "x.lora_B.weight": (3, 2)}
@@ -88,6 +110,7 @@ def test_saved_adapter_loads_in_plain_peft_with_the_same_output(model_folder: Pa
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
+    quiet_libraries()
     settings = settings_for(model_folder)
     rng = np.random.default_rng(0)
     shapes = adapter_shapes(settings.model, settings.lora)

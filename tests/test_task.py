@@ -162,6 +162,33 @@ def test_quantised_base_still_trains_after_scoring(llama_folder: Path, bits: int
     assert any(np.abs(result.adapter[key] - adapter[key]).max() > 1e-4 for key in adapter)
 
 
+def test_frozen_factors_get_no_gradient_and_can_train_again_afterwards(llama_folder: Path) -> None:
+    settings, model, adapter = setup(llama_folder)
+    trained = [key for key in adapter if ".lora_B." in key]
+    graded: set[str] = set()
+    hooks = [
+        value.register_hook(lambda _, name=name: graded.add(name))
+        for name, value in model.named_parameters()
+        if "lora_" in name
+    ]
+    result = train(settings, model, adapter, trained=trained)
+    assert list(result.adapter) == trained
+    assert {name for name in graded if ".lora_A." in name} == set()
+    assert len(graded) == len(trained)
+    graded.clear()
+    assert list(train(settings, model, adapter).adapter) == list(adapter)
+    assert len(graded) == len(adapter)
+    for hook in hooks:
+        hook.remove()
+
+
+def test_training_that_fails_leaves_no_factor_frozen(llama_folder: Path) -> None:
+    settings, model, adapter = setup(llama_folder)
+    with pytest.raises(AdapterError, match="left the adapter unchanged"):
+        train(settings, model, adapter, learning_rate=0.0, trained=[key for key in adapter if ".lora_B." in key])
+    assert all(value.requires_grad for name, value in model.named_parameters() if "lora_" in name)
+
+
 def test_update_of_zero_is_an_error_not_a_reply(llama_folder: Path) -> None:
     settings, model, adapter = setup(llama_folder)
     with pytest.raises(AdapterError, match="left the adapter unchanged"):

@@ -1,6 +1,7 @@
 """What Gaussian releases cost: ε from the noise multiplier, the noise multiplier from ε."""
 
 import math
+from functools import lru_cache
 
 from scipy.optimize import brentq
 from scipy.special import log_ndtr
@@ -9,6 +10,7 @@ _NO_PROTECTION = 20.0
 """The ε from which the log says that nobody is protected: a likelihood ratio of e^20 distinguishes anyone."""
 
 
+@lru_cache(maxsize=1024)
 def gaussian_epsilon(noise_multiplier: float, releases: int, delta: float) -> float:
     """Return the least ε for which `releases` Gaussian releases of this noise multiplier are (ε, δ)-DP.
 
@@ -62,6 +64,15 @@ def renyi_epsilon(noise_multiplier: float, releases: int, delta: float) -> float
     accountant = RdpAccountant()
     accountant.compose(SelfComposedDpEvent(GaussianDpEvent(noise_multiplier), releases))
     return float(accountant.get_epsilon(delta))
+
+
+def dp_accounting_epsilon(noise_multiplier: float, releases: int, delta: float) -> float:
+    """Return what Google's dp-accounting says for the same releases as `gaussian_epsilon`: a second implementation."""
+    if not releases or not noise_multiplier > 0:
+        return math.inf if releases else 0.0
+    from dp_accounting import get_epsilon_gaussian
+
+    return float(get_epsilon_gaussian(noise_multiplier / math.sqrt(releases), delta))
 
 
 def format_epsilon(epsilon: float) -> str:

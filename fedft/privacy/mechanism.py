@@ -1,11 +1,16 @@
-"""Client-level differential privacy: clip, add up, noise, account. Knows nothing of Flower.
+"""Client-level differential privacy: clip, add up, noise. Knows nothing of Flower; `ledger.py` accounts for it.
 
 **Guarantee.** For one release, each client's update is clipped to L2 norm C over all its arrays jointly, the clipped
 updates are summed, N(0, (zC)²) is added to each coordinate, and the sum is divided by n, the planned cohort size. n is
-fixed before the round and does not depend on who answers. Two data sets are neighbours if one client's data is
-replaced by nothing (zero-out adjacency); that moves the sum by at most C in L2, so a release is a Gaussian mechanism of
-noise over sensitivity z, and T releases compose to one of z/√T. A client that fails, is late, refuses, or sends a zero,
-non-finite or misshapen update contributes zero, and the release happens all the same.
+fixed before the round and does not depend on who answers. Two data sets are neighbours if one client's data is replaced
+by nothing (zero-out adjacency); that moves the sum by at most C in L2, so a release is a Gaussian mechanism of noise
+over sensitivity z, and the k releases that a client is part of compose to one of z/√k. A client that fails, is late,
+refuses, or sends a zero, non-finite or misshapen update contributes zero, and the release happens all the same. If one
+client's data is replaced by other data instead (replace-one adjacency), the sum moves by up to 2C: the same with z/2.
+
+**Adaptive clipping** (Andrew et al., 2019, arXiv 1905.03871). A release may also hold the noised sum of bits, +½ for an
+update below C and −½ for a clipped one. Bits and update of a client have one joint sensitivity, and the noise of both
+is chosen so that together they are one Gaussian release of z; see `Mechanism.update_noise_multiplier`.
 
 **Not covered.** Losses, example counts, error texts and who took part are not noised. The server sees each clipped
 update before the noise and is trusted. Floating-point arithmetic is not exact real arithmetic: the four-draw sum below
@@ -17,8 +22,6 @@ hinders reconstruction of the noise's low bits, it does not prove their absence.
 import math
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher
@@ -26,91 +29,50 @@ from cryptography.hazmat.primitives.ciphers.algorithms import ChaCha20
 from numpy.typing import NDArray
 from scipy.special import ndtri
 
-from fedft.privacy.accounting import gaussian_epsilon, renyi_epsilon, verdict
+from fedft.privacy.ledger import Ledger
+
+GENERATOR = "ChaCha20 under a key from the operating system for each array; four draws, added in float64"
 
 Update = Mapping[str, NDArray[np.float64]]
 
+_BELOW = 1 - 1e-3
+"""Share of C below which an update counts as unclipped: a client's own clipping in float32 misses C by less."""
 
-@dataclass
-class GaussianReleases:
-    """The mechanism of a run and, in the same object, the account of what it has released.
 
-    Attributes:
-        clipping_norm: C, the L2 bound of one client's update, > 0.
-        noise_multiplier: z, the noise's standard deviation over C, >= 0.
-        cohort_size: n, the planned number of clients a round, >= 1.
-        delta: δ of the reported ε.
-        releases: noised aggregates released so far.
+def release(
+    ledger: Ledger, server_round: int, updates: Iterable[Update], shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, NDArray[np.float64]]:
+    """Return the noised mean update, (Σ clip(Δ_i) + N(0, (z_Δ·C)²)) / n, of a charged round, and settle it.
+
+    Args:
+        ledger: holds z, n and the round's C; under adaptive clipping it learns the next.
+        server_round: the round charged last.
+        updates: the clients' updates, each with exactly the keys and shapes of `shapes`, or anything else, which
+            contributes zero.
+        shapes: key to shape of the arrays that are released.
+
+    Raises:
+        LedgerError: the round is not charged, or was released already; nothing is drawn then.
     """
-
-    clipping_norm: float
-    noise_multiplier: float
-    cohort_size: int
-    delta: float
-    releases: int = 0
-
-    @property
-    def sigma(self) -> float:
-        """Standard deviation of the noise on each coordinate of the mean: z·C/n."""
-        return self.noise_multiplier * self.clipping_norm / self.cohort_size
-
-    @property
-    def epsilon(self) -> float:
-        """ε of all releases so far at δ: every client is taken to have been in every release."""
-        return gaussian_epsilon(self.noise_multiplier, self.releases, self.delta)
-
-    @property
-    def next_epsilon(self) -> float:
-        """ε after one release more."""
-        return gaussian_epsilon(self.noise_multiplier, self.releases + 1, self.delta)
-
-    @property
-    def renyi_epsilon(self) -> float:
-        """ε of all releases so far by the simple account, see `renyi_epsilon`."""
-        return renyi_epsilon(self.noise_multiplier, self.releases, self.delta)
-
-    def certificate(self) -> dict[str, Any]:
-        """Return the claim with all it rests on and leaves out, as `privacy.json` holds it."""
-        return {
-            "unit": "client",
-            "adjacency": "zero-out: all of one client's data replaced by nothing",
-            "mechanism": "Gaussian on the sum of clipped updates, divided by the planned cohort size",
-            "clipping_norm": self.clipping_norm,
-            "noise_multiplier": self.noise_multiplier,
-            "cohort_size": self.cohort_size,
-            "sigma": self.sigma,
-            "releases": self.releases,
-            "participations_assumed": self.releases,
-            "delta": self.delta,
-            "epsilon": self.epsilon,
-            "epsilon_renyi": self.renyi_epsilon,
-            "verdict": verdict(self.epsilon),
-            "generator": "ChaCha20 under a key from the operating system at each array, four draws",
-            "not_covered": [
-                "losses, accuracies, example counts, error texts and who took part",
-                "the server, which sees every clipped update before the noise",
-                "amplification by sampling: none is claimed",
-            ],
-        }
-
-    def release(
-        self, updates: Iterable[Update], shapes: Mapping[str, tuple[int, ...]]
-    ) -> dict[str, NDArray[np.float64]]:
-        """Return the noised mean update, (Σ clip(Δ_i) + N(0, (zC)²)) / n, and count it.
-
-        Args:
-            updates: the clients' updates, each with exactly the keys and shapes of `shapes`, or anything else, which
-                contributes zero.
-            shapes: key to shape of the arrays that are released.
-        """
-        total = {key: np.zeros(shape) for key, shape in shapes.items()}
-        for update in updates:
-            clipped = clip_update(update, self.clipping_norm) if _fits(update, shapes) else None
-            for key, value in (clipped or {}).items():
+    clipping_norm, mechanism = ledger.pending(server_round).clipping_norm, ledger.mechanism
+    total = {key: np.zeros(shape) for key, shape in shapes.items()}
+    bits = 0.0
+    for update in updates:
+        clipped = clip_update(update, clipping_norm) if _fits(update, shapes) else None
+        if clipped is not None:
+            bits += 0.5 if update_norm(clipped) < _BELOW * clipping_norm else -0.5
+            for key, value in clipped.items():
                 total[key] += value
-        self.releases += 1
-        scale = self.noise_multiplier * self.clipping_norm
-        return {key: (value + scale * private_gaussian(value.shape)) / self.cohort_size for key, value in total.items()}
+    scale = mechanism.update_noise_multiplier * clipping_norm
+    mean = {
+        key: (value + scale * private_gaussian(value.shape)) / mechanism.cohort_size for key, value in total.items()
+    }
+    share = None
+    if mechanism.clipping_quantile:
+        noised = bits + mechanism.bit_noise * float(private_gaussian(()))
+        share = min(1.0, max(0.0, 0.5 + noised / mechanism.cohort_size))
+    ledger.settle(server_round, share)
+    return mean
 
 
 def clip_update(update: Update, clipping_norm: float) -> dict[str, NDArray[np.float64]] | None:
