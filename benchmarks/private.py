@@ -31,9 +31,10 @@ from flwr.supercore.task_identity import TaskIdentity
 from safetensors.numpy import load_file
 
 from fedft import client_app, server_app, task
+from fedft.adapter import ADAPTER_FILE
 from fedft.config import DataSettings, ModelSettings, NodeSettings, Settings, parse_run_config
 from fedft.data import Example, load_site, load_split
-from fedft.model import ADAPTER_FILE, initial_adapter, load_model, load_tokenizer
+from fedft.model import initial_adapter, load_model, load_tokenizer
 
 PRESET = PROJECT / "configs" / "private-1000.toml"
 

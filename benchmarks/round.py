@@ -3,14 +3,15 @@
     python benchmarks/round.py [--nodes 2] [--cohort 2] [--steps 8] [--batch-size 8] [--rounds 4] [--actors 1]
 
 Runs of the app and of the loop alternate; rounds after the first count, for in the first every process loads the model.
-Nothing is evaluated. The loop is a for-statement over the cohort's batches: forward, backward, AdamW, the same loss
-and attention, no trainer, no messages, no clipping. `--nodes 20 --cohort 4 --steps 1 --batch-size 2` is the workload of
-Flower's FlowerTune example.
+Nothing is evaluated. The loop is a for-statement over the batches that the clients draw: forward, backward, AdamW, the
+same loss and attention, no trainer, no messages, no clipping of the update. `--nodes 20 --cohort 4 --steps 1
+--batch-size 2` is the workload of Flower's FlowerTune example.
 """
 
 import argparse
 import os
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from measure import publish, seconds, spread
 from presets import settings_with
 
 from fedft import task
+from fedft.client_app import _round_seed
 from fedft.config import NodeSettings, Settings
 from fedft.data import load_site
 from fedft.model import initial_adapter, load_model, load_tokenizer, set_adapter
@@ -87,28 +89,28 @@ def bare_rounds(settings: Settings, nodes: int, cohort: int, rounds: int) -> lis
     ]
     device = model.device
 
-    def one_round() -> None:
+    def one_round(number: int) -> None:
         for index, site in enumerate(sites):
             set_adapter(model, adapter)
             model.train()
             parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
             optimiser = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.0)
+            seed = _round_seed(settings, NodeSettings(index, nodes), number)  # the examples that the client draws
             drawn = task.draw_examples(
-                [example.length for example in site.train], settings.train, np.random.default_rng(index)
+                [example.length for example in site.train], settings.train, np.random.default_rng([seed, 0xB])
             )
             size = settings.train.batch_size
             for start in range(0, len(drawn), size):
                 batch = task._collate([task._training_row(site.train[i]) for i in drawn[start : start + size]])
                 labels = batch["labels"][:, 1:].to(device)
                 where = (labels != -100).nonzero(as_tuple=True)
-                task._choose_attention(model, batch["input_ids"])
                 loss = task.token_nll(model, batch["input_ids"].to(device), where, labels[where]).mean()
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(parameters, 1.0)
                 optimiser.step()
                 optimiser.zero_grad()
 
-    return [seconds(one_round) for _ in range(rounds)]
+    return [seconds(partial(one_round, number)) for number in range(1, rounds + 1)]
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from collections.abc import Iterable
 import numpy as np
 from numpy.typing import NDArray
 
-from fedft.model import Adapter
+from fedft.adapter import Adapter
 
 _A, _B = ".lora_A.weight", ".lora_B.weight"
 

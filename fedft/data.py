@@ -102,8 +102,8 @@ def load_site(
             _log.warning(
                 "%d of %d rows lack a prompt or a response and are left out", len(rows) - len(usable), len(rows)
             )
-        records = (_record(row, columns, with_options) for row in usable)
-        return tuple(tokenize(record, tokenizer, settings.prompt_style, max_length) for record in records)
+        records = [_record(row, columns, with_options) for row in usable]
+        return tokenize(records, tokenizer, settings.prompt_style, max_length)
 
     site = Site(train=examples(train, with_options=False), test=examples(test, with_options=True))
     if not site.train:
@@ -144,8 +144,10 @@ def partition_sizes(settings: DataSettings, num_partitions: int, seed: int) -> l
     return sizes
 
 
-def tokenize(record: Record, tokenizer: "PreTrainedTokenizerBase", prompt_style: str, max_length: int) -> Example:
-    """Return a record's token ids, each completion ended by the end-of-turn token.
+def tokenize(
+    records: Sequence[Record], tokenizer: "PreTrainedTokenizerBase", prompt_style: str, max_length: int
+) -> tuple[Example, ...]:
+    """Return the records' token ids, each completion ended by the end-of-turn token.
 
     The chat template renders prompt and response where `prompt_style` is `chat`, or `auto` and the tokenizer has one;
     otherwise the Alpaca prompt does. Where prompt and completion exceed `max_length`, the prompt loses its beginning,
@@ -158,20 +160,29 @@ def tokenize(record: Record, tokenizer: "PreTrainedTokenizerBase", prompt_style:
         raise DataError(
             "data.prompt-style='chat', but the base model's tokenizer has no chat template; use 'auto' or 'alpaca'"
         )
-    responses = record.options or (record.response,)
-    if tokenizer.chat_template and prompt_style != "alpaca":
-        prompt, completions = _render_chat(record, responses, tokenizer)
-        prompt_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    if not records:
+        return ()
+    chat = bool(tokenizer.chat_template) and prompt_style != "alpaca"
+    responses = [record.options or (record.response,) for record in records]
+    if chat:
+        rendered = [_render_chat(record, texts, tokenizer) for record, texts in zip(records, responses, strict=True)]
     else:
-        prompt, completions = render_alpaca(record), [text + str(tokenizer.eos_token or "") for text in responses]
-        prompt_ids = tokenizer(prompt)["input_ids"]
-    ids = [tokenizer(text, add_special_tokens=False)["input_ids"][: max_length // 2] for text in completions]
-    keep = max_length - max(len(completion) for completion in ids)
-    return Example(
-        prompt=tuple(prompt_ids[-keep:]),
-        completions=tuple(tuple(completion) for completion in ids),
-        answer=responses.index(record.response),
+        end = str(tokenizer.eos_token or "")
+        rendered = [
+            (render_alpaca(record), [text + end for text in texts])
+            for record, texts in zip(records, responses, strict=True)
+        ]
+    # two calls for all records: the tokenizer is much slower one text at a time
+    prompts = tokenizer([prompt for prompt, _ in rendered], add_special_tokens=not chat)["input_ids"]
+    completions = iter(
+        tokenizer([text for _, texts in rendered for text in texts], add_special_tokens=False)["input_ids"]
     )
+    examples = []
+    for record, texts, prompt in zip(records, responses, prompts, strict=True):
+        ids = tuple(tuple(next(completions)[: max_length // 2]) for _ in texts)
+        keep = max_length - max(map(len, ids))
+        examples.append(Example(prompt=tuple(prompt[-keep:]), completions=ids, answer=texts.index(record.response)))
+    return tuple(examples)
 
 
 def render_alpaca(record: Record) -> str:

@@ -1,16 +1,20 @@
-"""The frozen base model, its tokenizer and its LoRA adapter. Knows nothing of Flower, data or training.
+"""The frozen base model, its tokenizer, and the adapter in it. Knows nothing of Flower, data or training.
 
-An adapter is a dictionary from PEFT's state-dict keys to float32 arrays, sorted by key; it is what travels, is clipped,
-noised, averaged and saved. Base model and tokenizer are loaded once per process.
+Base model and tokenizer are loaded once per process.
 """
 
 import gc
 import hashlib
+import importlib.metadata
+import json
 import logging
-import math
+import os
+import sys
+import tempfile
 import warnings
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,17 +23,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedft import builtin
+from fedft.adapter import ADAPTER_FILE, Adapter, adapter_bytes, check_adapter, new_adapter
 from fedft.config import LoraSettings, ModelSettings
-from fedft.errors import AdapterError, FedftError, ModelError, first_line
+from fedft.errors import FedftError, ModelError, first_line
 
 if TYPE_CHECKING:
     import torch
     from peft import LoraConfig, PeftModel
     from transformers import PreTrainedTokenizerBase
-
-Adapter = dict[str, NDArray[np.float32]]
-
-ADAPTER_FILE = "adapter_model.safetensors"
 
 
 @lru_cache(maxsize=1)
@@ -120,13 +121,44 @@ def lora_config(settings: ModelSettings, lora: LoraSettings) -> "LoraConfig":
     )
 
 
-@lru_cache(maxsize=1)
-def adapter_shapes(settings: ModelSettings, lora: LoraSettings) -> Mapping[str, tuple[int, ...]]:
-    """Return the keys and shapes of the adapter, from the model's configuration alone: no weights are read.
+def adapter_shapes(settings: ModelSettings, lora: LoraSettings) -> dict[str, tuple[int, ...]]:
+    """Return the keys and shapes of the adapter, sorted, from the model's configuration alone: no weights are read.
 
     Raises:
         ModelError: the configuration cannot be loaded, or the model has none of the target modules.
     """
+    return {key: tuple(shape) for key, shape in _described(settings, lora)["shapes"].items()}
+
+
+@lru_cache(maxsize=1)
+def _described(settings: ModelSettings, lora: LoraSettings) -> dict[str, Any]:
+    """Return the adapter's `shapes` and PEFT's `config` of it.
+
+    Both are kept in fedft's cache, under what they follow from, where the model is on disk: the server of a run then
+    imports neither PyTorch nor PEFT, which takes longer than a short round.
+    """
+    source = Path(_source(settings)) / "config.json"
+    if not _is_on_disk(settings) or not source.is_file():
+        return _describe(settings, lora)
+    versions = [importlib.metadata.version(name) for name in ("fedft", "peft", "transformers")]
+    origin = [source.read_text(encoding="utf-8"), str(source), asdict(settings), asdict(lora), versions]
+    name = hashlib.sha256(json.dumps(origin).encode()).hexdigest()
+    file = builtin.home() / "cache" / "adapters" / f"{name}.json"
+    with suppress(OSError, ValueError, TypeError):
+        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        if {"shapes", "config"} <= set(found):
+            return found
+    described = _describe(settings, lora)
+    with suppress(OSError):  # a cache that cannot be written costs time, nothing else
+        file.parent.mkdir(parents=True, exist_ok=True)
+        scratch = file.with_suffix(f".{os.getpid()}")
+        scratch.write_text(json.dumps(described), encoding="utf-8")
+        scratch.replace(file)
+    return described
+
+
+def _describe(settings: ModelSettings, lora: LoraSettings) -> dict[str, Any]:
+    """Build the model without weights, wrap it, and read shapes and configuration off it."""
     quiet_libraries()
     import torch
     from peft import get_peft_model, get_peft_model_state_dict
@@ -136,17 +168,21 @@ def adapter_shapes(settings: ModelSettings, lora: LoraSettings) -> Mapping[str, 
         config = AutoConfig.from_pretrained(_source(settings), revision=settings.revision)
         with torch.device("meta"):
             skeleton = AutoModelForCausalLM.from_config(config)
-        model = get_peft_model(skeleton, lora_config(settings, lora))
-    shapes = {
-        key: tuple(value.shape) for key, value in get_peft_model_state_dict(model, save_embedding_layers=False).items()
-    }
-    odd = [key for key, shape in shapes.items() if not key.endswith((".lora_A.weight", ".lora_B.weight"))]
+        saved = lora_config(settings, lora)
+        model = get_peft_model(skeleton, saved)
+    state = get_peft_model_state_dict(model, save_embedding_layers=False)
+    odd = [key for key in state if not key.endswith((".lora_A.weight", ".lora_B.weight"))]
     if odd:
         raise ModelError(
             f"model.name={settings.name!r}, lora.target-modules={lora.target_modules!r}: {odd[0]} is not the A or B of "
             "a linear layer; name linear modules only"
         )
-    return dict(sorted(shapes.items()))
+    saved.inference_mode = True
+    saved.target_modules = sorted({key.removesuffix(".weight").split(".")[-2] for key in state})
+    with tempfile.TemporaryDirectory(prefix="fedft-") as folder:
+        saved.save_pretrained(folder)
+        written = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))
+    return {"shapes": {key: list(state[key].shape) for key in sorted(state)}, "config": written}
 
 
 def initial_adapter(settings: ModelSettings, lora: LoraSettings, seed: int) -> Adapter:
@@ -158,37 +194,17 @@ def initial_adapter(settings: ModelSettings, lora: LoraSettings, seed: int) -> A
     return new_adapter(adapter_shapes(settings, lora), seed)
 
 
-def new_adapter(shapes: Mapping[str, tuple[int, ...]], seed: int) -> Adapter:
-    """Return a new adapter that changes nothing: A uniform in ±1/√(inputs), B zero (Hu et al., 2021, section 4.1).
-
-    The same seed gives the same adapter on every machine; `adapter_digest` tells whether it did.
-
-    Args:
-        shapes: key to shape, sorted by key.
-        seed: the run's.
-    """
-    rng = np.random.default_rng([seed, 0xA])
-    adapter: Adapter = {}
-    for key, shape in shapes.items():
-        if key.endswith(".lora_A.weight"):
-            bound = 1 / math.sqrt(shape[1])
-            adapter[key] = rng.uniform(-bound, bound, shape).astype(np.float32)
-        else:
-            adapter[key] = np.zeros(shape, np.float32)
-    return adapter
-
-
 def fingerprint(settings: ModelSettings) -> str:
     """Return what identifies the base weights: the SHA-256 of a local model's weight files, else the Hub's commit.
 
     Raises:
         ModelError: the Hub's configuration cannot be loaded.
     """
-    from transformers import AutoConfig
-
     source = Path(_source(settings))
     if not _is_on_disk(settings):
         with _as_model_error(settings):
+            from transformers import AutoConfig
+
             config = AutoConfig.from_pretrained(str(source), revision=settings.revision)
         return f"commit {config._commit_hash}"
     digest = hashlib.sha256()
@@ -196,23 +212,6 @@ def fingerprint(settings: ModelSettings) -> str:
         with file.open("rb") as content:
             digest.update(hashlib.file_digest(content, "sha256").digest())
     return f"sha256 {digest.hexdigest()}"
-
-
-def check_adapter(adapter: Mapping[str, NDArray[Any]], shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Refuse arrays that are not exactly a finite float32 adapter of these keys and shapes.
-
-    Raises:
-        AdapterError: a key is missing or unknown, or an array has another shape or type, or is not finite.
-    """
-    wrong = sorted(set(adapter) ^ set(shapes))
-    if wrong:
-        raise AdapterError(f"the adapter lacks or should not have the key {wrong[0]!r} ({len(wrong)} such keys)")
-    for key, shape in shapes.items():
-        value = adapter[key]
-        if value.shape != shape or value.dtype != np.float32:
-            raise AdapterError(f"adapter array {key!r} is {value.dtype}{value.shape}, but must be float32{shape}")
-        if not np.isfinite(value).all():
-            raise AdapterError(f"adapter array {key!r} holds NaN or infinity")
 
 
 def set_adapter(model: "PeftModel", adapter: Mapping[str, NDArray[np.float32]]) -> None:
@@ -258,22 +257,9 @@ def save_adapter(folder: Path, adapter: Adapter, settings: ModelSettings, lora: 
     Raises:
         OSError: the files cannot be written.
     """
-    config = lora_config(settings, lora)
-    config.inference_mode = True
-    config.target_modules = sorted({key.removesuffix(".weight").split(".")[-2] for key in adapter})
-    config.save_pretrained(str(folder))
-    (folder / ADAPTER_FILE).write_bytes(_as_safetensors(adapter))
-
-
-def adapter_digest(adapter: Mapping[str, NDArray[np.float32]]) -> str:
-    """Return the SHA-256, in hexadecimal, of the adapter's file as `save_adapter` writes it."""
-    return hashlib.sha256(_as_safetensors(adapter)).hexdigest()
-
-
-def _as_safetensors(adapter: Mapping[str, NDArray[np.float32]]) -> bytes:
-    from safetensors.numpy import save  # not save_file: it reports a full disk as an error of its own
-
-    return save(dict(adapter), metadata={"format": "pt"})
+    config = json.dumps(_described(settings, lora)["config"], indent=2, sort_keys=True) + "\n"
+    (folder / "adapter_config.json").write_text(config, encoding="utf-8")
+    (folder / ADAPTER_FILE).write_bytes(adapter_bytes(adapter))
 
 
 @contextmanager
@@ -325,7 +311,8 @@ def _has_cpu_flag(*flags: str) -> bool:
 def quiet_libraries() -> None:
     """Keep progress bars, advice and deprecations of the model libraries out of the run's log; their errors are raised.
 
-    Call it before they are imported: some speak at import.
+    Call it before they are imported: some speak at import. bitsandbytes, which peft imports in any case, is imported
+    here without PyTorch's compiler, which its functions for the CPU would load at import and start at the first use.
     """
     for name in ("accelerate", "bitsandbytes", "peft", "torch", "transformers", "trl"):
         for category in (DeprecationWarning, FutureWarning):
@@ -336,3 +323,18 @@ def quiet_libraries() -> None:
 
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
+    _import_bitsandbytes()
+
+
+def _import_bitsandbytes() -> None:
+    import torch
+
+    def compile_nothing(function: Callable[..., Any] | None = None, **_: Any) -> Callable[..., Any]:
+        return function or (lambda given: given)
+
+    if "bitsandbytes" not in sys.modules:
+        compiler, torch.compile = torch.compile, compile_nothing  # type: ignore[assignment]
+        try:
+            import bitsandbytes  # noqa: F401
+        finally:
+            torch.compile = compiler

@@ -56,7 +56,9 @@ def share_out(settings: DataSettings, train: Sequence[Row], count: int, seed: in
         )
     order = np.random.default_rng(seed).permutation(len(train)).tolist()
     classes = [str(train[i].get(column, "")) for i in order]
-    if settings.partitioner == "natural":
+    if settings.partitioner == "iid":  # as flwr-datasets would, whose import takes longer than the sharing
+        parts = [part.tolist() for part in np.array_split(np.arange(len(train)), count)]
+    elif settings.partitioner == "natural":
         parts = _deal_groups(classes, count, column)
     else:
         parts = _flwr_partitions(settings, classes, count, seed)
@@ -85,7 +87,6 @@ def _flwr_partitions(settings: DataSettings, classes: list[str], count: int, see
 
     disable_progress_bars()
     sized = {
-        "iid": partitioner.IidPartitioner,
         "linear": partitioner.LinearPartitioner,
         "square": partitioner.SquarePartitioner,
         "exponential": partitioner.ExponentialPartitioner,

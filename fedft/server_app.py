@@ -19,12 +19,13 @@ from flwr.serverapp.strategy import Strategy
 
 import fedft
 from fedft import builtin
+from fedft.adapter import ADAPTER_FILE, Adapter, adapter_digest
 from fedft.aggregation import trained_keys
 from fedft.checkpoint import RunDirectory
 from fedft.config import Settings, parse_run_config
 from fedft.errors import ConfigError, FedftError, NoFurtherRoundError
 from fedft.logs import log_like_flower
-from fedft.model import ADAPTER_FILE, Adapter, adapter_digest, fingerprint, initial_adapter, save_adapter
+from fedft.model import fingerprint, initial_adapter, save_adapter
 from fedft.privacy.accounting import calibrate_noise, format_epsilon, verdict
 from fedft.privacy.certificate import certificate, second_opinion
 from fedft.privacy.ledger import Ledger, Mechanism

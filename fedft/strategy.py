@@ -23,11 +23,11 @@ from flwr.serverapp.strategy import FedAvg
 from flwr.supercore.differential_privacy import KEY_CLIPPING_NORM
 from numpy.typing import NDArray
 
+from fedft.adapter import Adapter, adapter_digest, check_adapter
 from fedft.aggregation import after_average, trained_keys
 from fedft.config import StrategySettings
 from fedft.errors import AdapterError, FederationError, NoFurtherRoundError
 from fedft.evaluation import EvaluationSums
-from fedft.model import Adapter, adapter_digest, check_adapter
 from fedft.records import arrays_from_record, bytes_from_arrays, record_from_arrays, record_size
 from fedft.schedule import draw, eligible, most_participations
 

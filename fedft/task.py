@@ -21,11 +21,12 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase, PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
+from fedft.adapter import Adapter, check_adapter
 from fedft.config import TrainSettings
 from fedft.data import Example
 from fedft.errors import AdapterError
 from fedft.evaluation import EvaluationSums
-from fedft.model import Adapter, check_adapter, get_adapter, only_training, quiet_libraries, set_adapter
+from fedft.model import get_adapter, only_training, quiet_libraries, set_adapter
 
 _EVALUATION_BATCH = 8
 _IGNORED = -100

@@ -12,11 +12,12 @@ from test_strategy import Nodes, inside_a_run
 from test_task import make_examples
 
 from fedft import client_app
+from fedft.adapter import Adapter
 from fedft.aggregation import refactor, trained_keys
 from fedft.config import NodeSettings, Settings
 from fedft.data import Site
 from fedft.errors import AdapterError
-from fedft.model import Adapter, get_adapter, initial_adapter, load_model
+from fedft.model import get_adapter, initial_adapter, load_model
 from fedft.privacy.ledger import Ledger, Mechanism
 from fedft.private_strategy import ClientLevelDP
 from fedft.records import arrays_from_record, record_from_arrays

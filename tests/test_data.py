@@ -12,6 +12,7 @@ from conftest import make_settings
 from fedft.config import DataSettings, NodeSettings
 from fedft.data import Record, Site, load_site, load_split, partition_sizes, render_alpaca, split_test, tokenize
 from fedft.errors import DataError
+from fedft.partition import share_out
 
 ROWS = [{"question": f"q {i}", "answer": f"a {i}", "specialty": "ABC"[i % 3]} for i in range(60)]
 
@@ -189,15 +190,15 @@ def test_chat_template_is_used_where_there_is_one(llama_folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(llama_folder)
     record = Record((("user", "why"),), "done")
     with pytest.raises(DataError, match="no chat template"):
-        tokenize(record, tokenizer, "chat", 64)
+        tokenize([record], tokenizer, "chat", 64)
     tokenizer.chat_template = (
         "{% for m in messages %}<{{ m.role }}>{{ m.content }}<eos>\n{% endfor %}"
         "{% if add_generation_prompt %}<assistant>{% endif %}"
     )
-    example = tokenize(record, tokenizer, "auto", 64)
+    (example,) = tokenize([record], tokenizer, "auto", 64)
     assert tokenizer.decode(example.prompt) == "<user>why<eos>\n<assistant>"
     assert tokenizer.decode(example.completion) == "done<eos>"
-    assert tokenizer.decode(tokenize(record, tokenizer, "alpaca", 512).prompt).startswith("Below is")
+    assert tokenizer.decode(tokenize([record], tokenizer, "alpaca", 512)[0].prompt).startswith("Below is")
 
 
 def test_template_that_does_not_end_in_the_response_is_refused(llama_folder: Path) -> None:
@@ -206,7 +207,7 @@ def test_template_that_does_not_end_in_the_response_is_refused(llama_folder: Pat
     tokenizer = AutoTokenizer.from_pretrained(llama_folder)
     tokenizer.chat_template = "{{ messages|length }}{% if add_generation_prompt %}<assistant>{% endif %}"
     with pytest.raises(DataError, match="does not end in the response"):
-        tokenize(Record((("user", "why"),), "done"), tokenizer, "auto", 64)
+        tokenize([Record((("user", "why"),), "done")], tokenizer, "auto", 64)
 
 
 def test_long_prompt_loses_its_beginning_and_never_the_response(llama_folder: Path) -> None:
@@ -214,11 +215,11 @@ def test_long_prompt_loses_its_beginning_and_never_the_response(llama_folder: Pa
 
     tokenizer = AutoTokenizer.from_pretrained(llama_folder)
     record = Record((("user", "nerve " * 200),), "vein")
-    example = tokenize(record, tokenizer, "auto", 32)
+    (example,) = tokenize([record], tokenizer, "auto", 32)
     assert example.length == 32
     assert tokenizer.decode(example.completion) == "vein<eos>"
     assert tokenizer.decode(example.prompt).endswith("### Response:\n")
-    long_answer = tokenize(Record((("user", "why"),), "bone " * 200), tokenizer, "auto", 32)
+    (long_answer,) = tokenize([Record((("user", "why"),), "bone " * 200)], tokenizer, "auto", 32)
     assert (len(long_answer.completion), long_answer.length) == (16, 32)
 
 
@@ -243,3 +244,15 @@ def test_hub_that_cannot_be_reached_is_one_line_with_the_alternatives(
     with pytest.raises(DataError, match=r"cannot load data.name='some/data'.*no route;.*builtin:medmcqa") as caught:
         load_split(data("some/data"), NodeSettings(), 0)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("rows", "count"), [(10, 3), (7, 7), (101, 20)])
+def test_iid_partitions_have_the_sizes_flwr_datasets_gives(rows: int, count: int) -> None:
+    from datasets import Dataset
+    from flwr_datasets.partitioner import IidPartitioner
+
+    settings = make_settings(data__partitioner="iid").data
+    ours = share_out(settings, [{"question": str(i)} for i in range(rows)], count, seed=0)
+    theirs = IidPartitioner(count)
+    theirs.dataset = Dataset.from_dict({"position": list(range(rows))})
+    assert [len(part) for part in ours] == [len(theirs.load_partition(i)) for i in range(count)]

@@ -1,27 +1,27 @@
 import dataclasses
 import hashlib
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import make_settings
+from conftest import PROJECT, make_settings
 
+from fedft import model
+from fedft.adapter import ADAPTER_FILE, adapter_digest, check_adapter, new_adapter
 from fedft.config import Settings
 from fedft.errors import AdapterError, ModelError
 from fedft.model import (
-    ADAPTER_FILE,
-    adapter_digest,
     adapter_shapes,
-    check_adapter,
     compute_dtype,
     fingerprint,
     get_adapter,
     initial_adapter,
     load_model,
     load_tokenizer,
-    new_adapter,
     quiet_libraries,
     save_adapter,
     set_adapter,
@@ -169,3 +169,38 @@ def test_fingerprint_changes_with_the_weights(llama_folder: Path, gpt_neox_folde
     assert first.startswith("sha256 ")
     assert first != second
     assert first == fingerprint(dataclasses.replace(settings_for(llama_folder).model, dtype="auto"))
+
+
+def test_the_adapters_description_is_kept_and_a_damaged_one_is_made_anew(
+    llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FEDFT_HOME", str(tmp_path))
+    settings = settings_for(llama_folder, lora__r=3)
+    model._described.cache_clear()
+    shapes = adapter_shapes(settings.model, settings.lora)
+    (kept,) = (tmp_path / "cache" / "adapters").iterdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "_describe", lambda *_: pytest.fail("the description was not kept"))
+        model._described.cache_clear()
+        assert adapter_shapes(settings.model, settings.lora) == shapes
+    for damage in ("", "[]", "{"):
+        kept.write_text(damage)
+        model._described.cache_clear()
+        assert adapter_shapes(settings.model, settings.lora) == shapes
+    other = settings_for(llama_folder, lora__r=5)
+    assert adapter_shapes(other.model, other.lora) != shapes
+    model._described.cache_clear()
+
+
+def test_a_server_with_a_kept_description_imports_no_model_library(llama_folder: Path) -> None:
+    settings = settings_for(llama_folder)
+    initial_adapter(settings.model, settings.lora, 1)
+    script = (
+        "import sys; sys.path.insert(0, 'tests'); import fedft.server_app; from conftest import make_settings;"
+        "from fedft.model import initial_adapter, save_adapter, fingerprint; from pathlib import Path;"
+        f"s = make_settings(model__name={str(llama_folder)!r}, model__dtype='float32', lora__r=4);"
+        "fingerprint(s.model); initial_adapter(s.model, s.lora, 1);"
+        "print(sorted({'torch', 'transformers', 'peft', 'trl', 'datasets', 'bitsandbytes'} & set(sys.modules)))"
+    )
+    found = subprocess.run([sys.executable, "-c", script], cwd=PROJECT, capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"

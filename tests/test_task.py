@@ -10,10 +10,11 @@ from peft import PeftModel
 from torch.nn.functional import cross_entropy
 
 from fedft import attention, task
+from fedft.adapter import Adapter
 from fedft.config import Settings
 from fedft.data import Example
 from fedft.errors import AdapterError
-from fedft.model import Adapter, initial_adapter, load_model, load_tokenizer, set_adapter
+from fedft.model import initial_adapter, load_model, load_tokenizer, set_adapter
 
 
 def setup(folder: Path, **changes: Any) -> tuple[Settings, PeftModel, Adapter]:
