@@ -1,9 +1,10 @@
-"""Start-up: a whole `flwr run` of one round with one step of one example, against a Flower app that does nothing.
+"""Start-up: a whole `flwr run` of one round with one step of one example, against Flower apps that do nothing.
 
     python benchmarks/startup.py [--repeats 3] [--output FILE]
 
-Both run under the same SuperLink and alternate; the app that does nothing sends one message to each of two nodes and
-imports nothing but Flower and NumPy. fedft evaluates nothing here. The built-ins are fetched before.
+All run under the same SuperLink and alternate. The app that does nothing sends one message to each of two nodes and
+imports nothing but Flower and NumPy; a second one does nothing either, but its client imports the libraries that local
+training needs. fedft evaluates nothing here. The built-ins are fetched before.
 """
 
 import argparse
@@ -25,6 +26,7 @@ server = ServerApp()
 
 @client.train()
 def train(message, context):
+    LIBRARIES
     return Message(RecordDict({"metrics": MetricRecord({"n": 1})}), reply_to=message)
 
 @server.main()
@@ -57,10 +59,12 @@ def main() -> None:
         for name in builtin.names(kind):
             builtin.ensure(name, kind)
     with tempfile.TemporaryDirectory(prefix="fedft-startup-") as folder:
-        nothing = Path(folder) / "nothing"
-        nothing.mkdir()
-        (nothing / "nothing.py").write_text(_APP, encoding="utf-8")
-        (nothing / "pyproject.toml").write_text(_PROJECT, encoding="utf-8")
+        apps = {}
+        for name, libraries in (("nothing", ""), ("imports", "from trl import SFTTrainer; import peft")):
+            apps[name] = Path(folder) / name
+            apps[name].mkdir()
+            (apps[name] / "nothing.py").write_text(_APP.replace("LIBRARIES", libraries), encoding="utf-8")
+            (apps[name] / "pyproject.toml").write_text(_PROJECT.replace('"nothing"', f'"{name}"'), encoding="utf-8")
         flower = Flower(Path(folder))
 
         def run(app: Path, **overrides: object) -> float:
@@ -81,14 +85,23 @@ def main() -> None:
             "output-dir": str(flower.runs),
         }
         try:
-            times = alternate(options.repeats, fedft=lambda: run(PROJECT, **least), nothing=lambda: run(nothing))
+            times = alternate(
+                options.repeats,
+                fedft=lambda: run(PROJECT, **least),
+                nothing=lambda: run(apps["nothing"]),
+                imports=lambda: run(apps["imports"]),
+            )
         finally:
             flower.stop()
-    over = [a - b for a, b in zip(times["fedft"], times["nothing"], strict=True)]
+
+    def over(name: str) -> dict[str, float]:
+        return spread([a - b for a, b in zip(times[name], times["nothing"], strict=True)])
+
     results = {
         "fedft, s": spread(times["fedft"]),
         "nothing, s": spread(times["nothing"]),
-        "difference, s": spread(over),
+        "fedft over nothing, s": over("fedft"),
+        "imports alone over nothing, s": over("imports"),
     }
     publish("startup", results, options.output)
 

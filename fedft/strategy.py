@@ -165,10 +165,10 @@ class CohortFedAvg(FedAvg):
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> list[Message]:
-        """Return the evaluation messages to `fraction-evaluate` of the nodes."""
+        """Return the evaluation messages to `fraction-evaluate` of the nodes, the same ones in every round."""
         nodes = _node_ids(grid)
         count = math.ceil(self.settings.fraction_evaluate * len(nodes))
-        chosen = draw(nodes, count, {}, np.random.default_rng([self.seed, 0xE, server_round]))
+        chosen = draw(nodes, count, {}, np.random.default_rng([self.seed, 0xE]))
         config = ConfigRecord({**config, "frozen-arrays": b""})
         changed = self._changed(arrays_from_record(arrays))
         return self._messages(server_round, changed, config, chosen, MessageType.EVALUATE)

@@ -105,22 +105,27 @@ def test_notebook_preset_runs_on_local_copies_of_the_same_shapes(
     assert state["config"]["model"]["quantization"] == bits
 
 
-def test_same_seed_without_privacy_gives_the_same_adapter(flower: Flower, llama_folder: Path, rows: Path) -> None:
+def test_same_seed_without_privacy_gives_the_same_cohorts_and_adapter(
+    flower: Flower, llama_folder: Path, rows: Path
+) -> None:
     from safetensors.numpy import load_file
 
     adapters = []
     for _ in range(2):
         run_id = flower.start(
+            "num-supernodes=6 client-resources-num-cpus=2",
             **{
                 "output-dir": str(flower.runs),
                 "model.name": str(llama_folder),
                 "data.name": str(rows),
                 "data.prompt-style": "alpaca",
                 "dp.unit": "none",
+                "strategy.fraction-train": 0.5,
+                "strategy.min-available-nodes": 6,
                 "num-server-rounds": 2,
                 "train.max-steps": 2,
                 "eval.every": 2,
-            }
+            },
         )
         status, log = flower.wait(run_id, 200)
         assert status == "finished:completed", log
