@@ -82,23 +82,28 @@ def _answer(
 ) -> Message:
     """Handle a message; what a user or site got wrong is answered as an error of one line, without a traceback."""
     log_like_flower()
-    _import_training()
     try:
         settings = parse_run_config(context.run_config)
         node = parse_node_config(context.node_config)
+        _load(settings, node)
         return Message(handle(message, settings, node), reply_to=message)
     except FedftError as error:
         _log.error("%s", error)
         return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, str(error)), reply_to=message)
 
 
-def _import_training() -> None:
-    """Import what training needs, at the first message; the garbage collector would make that a third longer."""
+def _load(settings: Settings, node: NodeSettings) -> None:
+    """Import and load, at a process's first message, what the handlers then find loaded.
+
+    The garbage collector is off meanwhile: it would walk a heap that only grows, and make the imports a third longer.
+    """
     enabled = gc.isenabled()
     gc.disable()
     try:
         quiet_libraries()
         importlib.import_module("fedft.task")
+        _load_site(settings, node)
+        load_model(settings.model, settings.lora)
     finally:
         if enabled:
             gc.enable()

@@ -88,7 +88,6 @@ def load_model(settings: ModelSettings, lora: LoraSettings) -> "PeftModel":
         if device == "cpu" and base.config.model_type in attention.MODEL_TYPES:
             base.set_attn_implementation(attention.NAME)
         model = get_peft_model(base, lora_config(settings, lora))
-    gc.collect()
     gc.freeze()  # the trainer collects garbage at every start; the model and the libraries would be walked each time
     return model
 
