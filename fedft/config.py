@@ -166,7 +166,7 @@ class Settings:
     save_every_round: int = _setting(at_least=1, at_most=1_000_000)
     seed: int = _setting(at_least=0, at_most=2**32 - 1)
     output_dir: str = _setting()
-    resume_from: str = _setting(choices=("",))
+    resume_from: str = _setting()
     model: ModelSettings
     lora: LoraSettings
     data: DataSettings

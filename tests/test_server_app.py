@@ -20,7 +20,8 @@ from fedft.logs import drop_traceback
 from fedft.privacy.accounting import gaussian_epsilon
 from fedft.privacy.ledger import Ledger
 from fedft.records import arrays_from_record, record_from_arrays
-from fedft.server_app import _output_dir, _plan_privacy, _run, learning_rate
+from fedft.schedule import learning_rate
+from fedft.server_app import _output_dir, _plan_privacy, _run
 
 _fixture = pytest.fixture(autouse=True)(inside_a_run)
 
@@ -187,7 +188,8 @@ def test_killed_run_has_the_round_in_its_ledger_before_anything_of_it_left(
     (directory,) = tmp_path.glob("*-1")
     assert read_state(directory)["round"] == 1
     ledger = Ledger.from_dict(json.loads((directory / "privacy.json").read_text())["ledger"])
-    assert [(entry.server_round, entry.released) for entry in ledger.entries] == [(1, True), (2, False)]
+    released = moment == "at the checkpoint"
+    assert [(entry.server_round, entry.released) for entry in ledger.entries] == [(1, True), (2, released)]
     assert set(federation.asked) <= set(ledger.participations)
     assert ledger.epsilon == gaussian_epsilon(1.0, ledger.most, 1e-5)
 
