@@ -46,6 +46,10 @@ class FederationError(FedftError):
     """Too few nodes connected, or too few usable replies came back."""
 
 
+class RoundError(FederationError):
+    """A round failed: too few usable replies came back. The next one may succeed."""
+
+
 class NoFurtherRoundError(FedftError):
     """No further round may or can run; the run ends as stopped, its adapter saved."""
 

@@ -70,7 +70,7 @@ class ClientLevelDP(Strategy):
         """Return the sent adapter plus one noised mean update, cast to float32 last.
 
         Raises:
-            FederationError: fewer usable replies than `min-replies`: nothing is released, the round stays charged.
+            RoundError: fewer usable replies than `min-replies`: nothing is released, the round stays charged.
         """
         usable = self.strategy.usable_replies(replies)
         mean = release(self.ledger, server_round, map(self.strategy.update_of, usable), self.strategy.shapes)

@@ -31,7 +31,8 @@ from fedft.schedule import Schedule
 MAY_DIFFER = frozenset(
     {
         *("num-server-rounds", "save-every-round", "output-dir", "resume-from", "eval.examples", "eval.every"),
-        *("strategy.min-available-nodes", "strategy.min-replies", "strategy.node-timeout", "strategy.round-timeout"),
+        *("strategy.min-available-nodes", "strategy.min-replies", "strategy.max-failed-rounds"),
+        *("strategy.node-timeout", "strategy.round-timeout"),
     }
 )
 """The run-config keys that may change: how far the run goes, what it waits for, scores and keeps."""

@@ -22,7 +22,7 @@ from fedft.adapter import Adapter, check_adapter
 from fedft.aggregation import trained_keys
 from fedft.checkpoint import RunDirectory
 from fedft.config import Settings, parse_run_config
-from fedft.errors import ConfigError, FedftError, NoFurtherRoundError
+from fedft.errors import ConfigError, FederationError, FedftError, NoFurtherRoundError, RoundError
 from fedft.logs import log_like_flower
 from fedft.model import fingerprint, initial_adapter
 from fedft.privacy.accounting import calibrate_noise, format_epsilon, verdict
@@ -93,28 +93,42 @@ def _open(settings: Settings, run_id: int) -> tuple[RunDirectory, Position | Non
 def _run(grid: Grid, settings: Settings, directory: RunDirectory, position: Position | None = None) -> tuple[str, str]:
     """Run the rounds, from the first or on from `position`; return the run's final status and the reason for it."""
     run, strategy, arrays = _prepare(grid, settings, directory, position)
-    timeout = settings.strategy.round_timeout
+    report, failed, allowed = run.averaging.report, 0, settings.strategy.max_failed_rounds
     for number in range(run.next_round, settings.num_server_rounds + 1):
         started = time.monotonic()
-        if number:
-            config = ConfigRecord({"learning-rate": learning_rate(settings, number)})
-            try:
-                messages = strategy.configure_train(number, arrays, config, grid)
-                trained, _ = strategy.aggregate_train(number, grid.send_and_receive(messages, timeout=timeout))
-            except NoFurtherRoundError as reason:
-                run.close(arrays)
-                return "stopped", str(reason)
-            except FedftError:
-                run.close(arrays)
-                raise
-            arrays = trained or arrays
+        try:
+            if number:
+                arrays = _train(strategy, number, arrays, grid, settings)
+            report, failed = run.averaging.report, 0
+        except NoFurtherRoundError as reason:
+            run.close(arrays)
+            return "stopped", str(reason)
+        except RoundError as error:
+            report, failed = run.averaging.report, failed + 1
+            report.failed = str(error)
+        except FedftError:
+            run.close(arrays)
+            raise
         trained_at = time.monotonic()
-        if _is_evaluated(settings, number):
+        if not report.failed and _is_evaluated(settings, number):
             messages = strategy.configure_evaluate(number, arrays, ConfigRecord(), grid)
-            strategy.aggregate_evaluate(number, grid.send_and_receive(messages, timeout=timeout))
-        run.finish(number, arrays, run.averaging.report, trained_at - started, time.monotonic() - trained_at)
+            replies = grid.send_and_receive(messages, timeout=settings.strategy.round_timeout)
+            strategy.aggregate_evaluate(number, replies)
+        run.finish(number, arrays, report, trained_at - started, time.monotonic() - trained_at)
+        if failed == allowed:
+            run.close(arrays)
+            raise FederationError(f"strategy.max-failed-rounds={allowed} reached, the last one: {report.failed}")
     run.close(arrays)
     return "completed", ""
+
+
+def _train(strategy: Strategy, number: int, arrays: ArrayRecord, grid: Grid, settings: Settings) -> ArrayRecord:
+    """Return the global adapter after one round of training."""
+    config = ConfigRecord({"learning-rate": learning_rate(settings, number)})
+    messages = strategy.configure_train(number, arrays, config, grid)
+    replies = grid.send_and_receive(messages, timeout=settings.strategy.round_timeout)
+    trained, _ = strategy.aggregate_train(number, replies)
+    return trained or arrays
 
 
 def _prepare(

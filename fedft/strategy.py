@@ -24,7 +24,7 @@ from fedft import nodes as federation
 from fedft.adapter import Adapter, adapter_digest, check_adapter
 from fedft.aggregation import after_average, trained_keys
 from fedft.config import StrategySettings
-from fedft.errors import AdapterError, FederationError, NoFurtherRoundError
+from fedft.errors import AdapterError, FederationError, NoFurtherRoundError, RoundError
 from fedft.evaluation import EvaluationSums
 from fedft.records import arrays_from_record, bytes_from_arrays, record_from_arrays, record_size
 from fedft.schedule import Schedule, draw, eligible
@@ -61,7 +61,7 @@ class CohortFedAvg(FedAvg):
     """Federated averaging (McMahan et al., 2017, arXiv 1602.05629) over cohorts of one planned size.
 
     Adapters are averaged with the clients' numbers of examples as weights. A round with fewer usable replies than
-    `strategy.min-replies` raises `FederationError`.
+    `strategy.min-replies` raises `RoundError`.
 
     Args:
         settings: who takes part, and how long to wait.
@@ -157,7 +157,7 @@ class CohortFedAvg(FedAvg):
         """Return the average of the usable adapters, weighted by examples.
 
         Raises:
-            FederationError: fewer usable replies than `min-replies`.
+            RoundError: fewer usable replies than `min-replies`.
         """
         usable = self.usable_replies(replies)
         weight = sum(reply.examples for reply in usable)
@@ -197,7 +197,7 @@ class CohortFedAvg(FedAvg):
         Their order is that of their content, so that a sum over them does not depend on who was faster.
 
         Raises:
-            FederationError: they are fewer than `min-replies`.
+            RoundError: they are fewer than `min-replies`.
         """
         usable = self._collect(replies, self._read_training, "")
         usable.sort(key=lambda reply: (reply.examples, reply.loss))
@@ -206,7 +206,7 @@ class CohortFedAvg(FedAvg):
             examples = sum(reply.examples for reply in usable)
             self.report.train_loss = sum(reply.loss * reply.examples for reply in usable) / examples
         if len(usable) < self.settings.min_replies:
-            raise FederationError(
+            raise RoundError(
                 f"only {len(usable)} of {self.report.cohort} clients sent a usable update, strategy.min-replies="
                 f"{self.settings.min_replies}; the first failure: {self.report.failures[0]}"
             )

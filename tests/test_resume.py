@@ -60,7 +60,7 @@ class Clients(FakeFederation):
 
     def _answer(self, place: int, message: Message) -> Message | None:
         reply = super()._answer(place, message)
-        if reply and "arrays" in reply.content.array_records:
+        if reply and reply.has_content() and "arrays" in reply.content.array_records:
             adapter = arrays_from_record(reply.content.array_records["arrays"])
             server_round = int(message.content.config_records["config"]["server-round"])  # type: ignore[arg-type]
             step = 1e-4 * server_round * (1 + self.ids.index(message.metadata.dst_node_id))
@@ -508,3 +508,15 @@ def test_resume_from_that_names_no_run_is_refused(llama_folder: Path, tmp_path: 
     with pytest.raises(ConfigError, match=f"resume-from='{where}' names no run"):
         run(Clients(), run_config(llama_folder, tmp_path, resume_from=where))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_run_that_failed_for_want_of_replies_can_go_on(llama_folder: Path, tmp_path: Path) -> None:
+    clients = Clients()
+    clients.fails = lambda server_round, _: server_round >= 2
+    with pytest.raises(FederationError, match="max-failed-rounds=2"):
+        run(clients, run_config(llama_folder, tmp_path, strategy__max_failed_rounds=2))
+    directory = (tmp_path / "latest").resolve()
+    assert read_state(directory)["status"] == "failed"
+    run(Clients(first_id=300), run_config(llama_folder, tmp_path, resume_from="latest"), 2)
+    assert [entry.released for entry in ledger_of(directory).entries] == [True, False, False, True, True]
+    assert read_state(directory)["status"] == "completed"
