@@ -100,11 +100,7 @@ class CohortFedAvg(FedAvg):
         size = max(1, round(self.settings.fraction_train * len(nodes)))
         simulated = federation.are_simulated(nodes)
         self.schedule = Schedule(federation.ids(nodes), size, simulated=simulated).replanned(rounds)
-        if self.settings.min_replies > size:
-            raise FederationError(
-                f"strategy.min-replies={self.settings.min_replies} is larger than the cohort of {size} "
-                f"(strategy.fraction-train={self.settings.fraction_train:g} of {len(nodes)} nodes)"
-            )
+        self._check_replies()
 
     def plan_on(self, grid: Grid, schedule: Schedule) -> None:
         """Wait for the nodes and go on with the schedule of an earlier run.
@@ -116,6 +112,7 @@ class CohortFedAvg(FedAvg):
             FederationError: as `plan`, or a simulation does not have the nodes that it had.
         """
         self.schedule = schedule
+        self._check_replies()
         count = len(schedule.nodes) if schedule.simulated else 0
         nodes = self._enough_nodes(grid, max(count, self.settings.min_available_nodes))
         if not schedule.simulated:
@@ -220,6 +217,14 @@ class CohortFedAvg(FedAvg):
     def sent(self) -> Adapter:
         """The whole adapter that this round's cohort started from."""
         return self._sent
+
+    def _check_replies(self) -> None:
+        size, nodes = self.schedule.cohort_size, len(self.schedule.nodes)
+        if self.settings.min_replies > size:
+            raise FederationError(
+                f"strategy.min-replies={self.settings.min_replies} is larger than the cohort of {size} "
+                f"(strategy.fraction-train={self.settings.fraction_train:g} of {nodes} nodes)"
+            )
 
     def _enough_nodes(self, grid: Grid, wanted: int) -> list[NodeInfo]:
         timeout = self.settings.node_timeout

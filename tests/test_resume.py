@@ -324,9 +324,11 @@ def interrupted(llama_folder: Path, runs: Path, clients: Clients | None = None, 
     return (runs / "latest").resolve()
 
 
-def test_simulation_of_another_size_is_refused(llama_folder: Path, tmp_path: Path) -> None:
+def test_simulation_of_another_size_and_impossible_replies_are_refused(llama_folder: Path, tmp_path: Path) -> None:
     interrupted(llama_folder, tmp_path)
     config = run_config(llama_folder, tmp_path, resume_from="latest")
+    with pytest.raises(FederationError, match=r"min-replies=3 is larger than the cohort of 2"):
+        run(Clients(), config | {"strategy.min-replies": 3, "strategy.min-available-nodes": 3}, 4)
     for clients in (Clients(6), Clients(simulated=False)):
         with pytest.raises(FederationError, match=r"simulation of 4 nodes.*num-supernodes=4"):
             run(clients, config, 2)
