@@ -5,11 +5,15 @@
 - `run.json`: configuration, versions, status, and `round`, the last finished round: everything else counts up to it;
 - `metrics.jsonl`: one line a round, round 0 being the evaluation before training;
 - `privacy.json`: the certificate, with the ledger of what was charged and released;
-- `peft_<round>/`: the adapter after that round, as PEFT saves it.
+- `peft_<round>/`: the adapter after that round, as PEFT saves it;
+- `state_<round>.safetensors`: what the run continues from: the whole adapter after the last finished round.
 
-`<output-dir>/latest` links to the newest. Every file is written beside its place and moved there; `run.json` goes last.
+`<output-dir>/latest` links to the newest. Every file is written beside its place and moved there; `run.json` goes last,
+and names the state's file and its SHA-256. The one process that writes holds the lock `.lock`, which the operating
+system takes back when the process ends, however it ends.
 """
 
+import hashlib
 import json
 import os
 import platform
@@ -21,7 +25,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from fedft.errors import RunDirectoryError
+from filelock import FileLock, Timeout
+
+from fedft.errors import ResumeError, RunDirectoryError
+from fedft.files import plain, sync, write_json, write_whole
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -34,6 +41,8 @@ class RunDirectory:
     path: Path
     state: dict[str, Any]
     metrics: list[dict[str, Any]] = field(default_factory=list)
+    """The lines of `metrics.jsonl`, as JSON has them."""
+    lock: FileLock | None = None
 
     @classmethod
     def create(cls, output_dir: Path, run_id: int, facts: Mapping[str, Any]) -> Self:
@@ -49,25 +58,57 @@ class RunDirectory:
         """
         now = datetime.now(UTC)
         run = cls(output_dir / f"{now:%Y%m%dT%H%M%SZ}-{run_id}", {})
-        run.state = {
-            "run_id": run_id,
-            "status": "running",
-            "why": "",
-            "round": None,
-            "started": now.isoformat(timespec="seconds"),
-            "ended": None,
-            "host": platform.node(),
-            "pid": os.getpid(),
-            **facts,
-        }
+        run.state = {"run_id": run_id, "round": None, "started": now.isoformat(timespec="seconds"), **facts}
         with _as_run_directory_error(run.path):
             run.path.mkdir(parents=True)
-            run._write_state()
+        run._take()
+        run.begin(run_id)
+        with _as_run_directory_error(run.path):
             link = output_dir / f".latest-{run_id}"
             link.unlink(missing_ok=True)
             link.symlink_to(run.path.name)
             link.replace(output_dir / "latest")
         return run
+
+    @classmethod
+    def reopen(cls, path: Path) -> Self:
+        """Open the folder of an earlier run for writing, as its last finished round left it; `begin` goes on in it.
+
+        Raises:
+            ResumeError: another process is writing it.
+            RunDirectoryError: it is no run directory, or cannot be written.
+        """
+        read_state(path)
+        run = cls(path.resolve(), {})
+        run._take()
+        try:
+            run.state, run.metrics = read_state(run.path), read_metrics(run.path)
+        except RunDirectoryError:
+            run.release()
+            raise
+        return run
+
+    def begin(self, run_id: int) -> None:
+        """Enter a Flower run as the one that writes from now on, and remove what a killed one left half done.
+
+        Raises:
+            RunDirectoryError: the folder cannot be written.
+        """
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        last = self.state["round"]
+        self.state.setdefault("runs", []).append({"run_id": run_id, "started": now, "after_round": last})
+        self.state |= {"run_id": run_id, "status": "running", "why": "", "ended": None}
+        self.state |= {"host": platform.node(), "pid": os.getpid()}
+        with _as_run_directory_error(self.path):
+            for folder in [*self.path.glob("peft_*"), *self.path.glob(".peft_*.tmp")]:
+                if folder.name.startswith(".") or int(folder.name.removeprefix("peft_")) > (last or 0):
+                    shutil.rmtree(folder)
+            self._write_state()
+
+    def release(self) -> None:
+        """Let another process write."""
+        if self.lock:
+            self.lock.release()
 
     def finish_round(
         self,
@@ -75,6 +116,8 @@ class RunDirectory:
         metrics: Mapping[str, Any],
         privacy: Mapping[str, Any],
         save_adapter: Callable[[Path], None] | None,
+        arrays: bytes = b"",
+        position: Mapping[str, Any] | None = None,
     ) -> Path | None:
         """Record a finished round as one step: it counts once `run.json` names it.
 
@@ -83,6 +126,8 @@ class RunDirectory:
             metrics: its line of `metrics.jsonl`.
             privacy: the whole of `privacy.json` after it.
             save_adapter: writes the adapter's files into the folder it is given; None leaves no adapter.
+            arrays: the whole adapter, from which the run can be continued.
+            position: what else it takes to continue, as JSON can hold it.
 
         Returns:
             The adapter's folder, if one was written.
@@ -92,16 +137,36 @@ class RunDirectory:
         """
         adapter = None
         with _as_run_directory_error(self.path):
-            self.metrics.append(dict(metrics))
+            self.metrics.append(plain(metrics))
             if save_adapter:
                 adapter = self._save_adapter(number, save_adapter)
-            _write(self.path / "metrics.jsonl", "".join(json.dumps(_plain(line)) + "\n" for line in self.metrics))
-            _write_json(self.path / "privacy.json", privacy)
-            self.state["round"] = number
+            state = self.path / f"state_{number}.safetensors"
+            write_whole(state, arrays)
+            write_whole(self.path / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in self.metrics).encode())
+            write_json(self.path / "privacy.json", privacy)
+            sha256 = hashlib.sha256(arrays).hexdigest()
+            self.state |= {"round": number, "resume": {"file": state.name, "sha256": sha256, **(position or {})}}
             if adapter:
                 self.state["adapter"] = adapter.name
             self._write_state()
+            for old in set(self.path.glob("state_*.safetensors")) - {state}:
+                old.unlink()
         return adapter
+
+    def read_arrays(self) -> bytes:
+        """Return the adapter that `finish_round` left last.
+
+        Raises:
+            ResumeError: it is missing, or is not the one that `run.json` names.
+        """
+        try:
+            file = self.path / Path(self.state["resume"]["file"]).name
+            arrays, expected = file.read_bytes(), self.state["resume"]["sha256"]
+        except (OSError, KeyError, TypeError) as error:
+            raise ResumeError(f"{str(self.path)!r} has no readable state to continue from: {error!r}") from error
+        if hashlib.sha256(arrays).hexdigest() != expected:
+            raise ResumeError(f"{str(file)!r} does not have the SHA-256 in run.json: it was damaged or edited")
+        return arrays
 
     def write_privacy(self, privacy: Mapping[str, Any]) -> None:
         """Replace `privacy.json` between rounds: with a round that is charged and about to run, or the final claim.
@@ -113,7 +178,7 @@ class RunDirectory:
             RunDirectoryError: the folder cannot be written.
         """
         with _as_run_directory_error(self.path):
-            _write_json(self.path / "privacy.json", privacy)
+            write_json(self.path / "privacy.json", privacy)
 
     def keep_adapter(self, number: int, save_adapter: Callable[[Path], None]) -> None:
         """Save the adapter of round `number` if that round left none.
@@ -121,10 +186,11 @@ class RunDirectory:
         Raises:
             RunDirectoryError: the folder cannot be written.
         """
-        if not (self.path / f"peft_{number}").is_dir():
-            with _as_run_directory_error(self.path):
-                self.state["adapter"] = self._save_adapter(number, save_adapter).name
-                self._write_state()
+        with _as_run_directory_error(self.path):
+            if not (self.path / f"peft_{number}").is_dir():
+                self._save_adapter(number, save_adapter)
+            self.state["adapter"] = f"peft_{number}"
+            self._write_state()
 
     def update(self, **facts: Any) -> None:
         """Add facts to `run.json`.
@@ -154,15 +220,27 @@ class RunDirectory:
         try:
             save_adapter(scratch)
             for file in scratch.iterdir():
-                _sync(file)
+                sync(file)
             scratch.rename(target)
         except OSError:
             shutil.rmtree(scratch, ignore_errors=True)  # leaves room on a full disk for saying so in run.json
             raise
         return target
 
+    def _take(self) -> None:
+        """Become the one process that writes here."""
+        self.lock = FileLock(self.path / ".lock", timeout=0, thread_local=False)
+        with _as_run_directory_error(self.path):
+            try:
+                self.lock.acquire()
+            except Timeout:
+                raise ResumeError(
+                    f"resume-from: {str(self.path)!r} is being written by a run that is still going on (pid "
+                    f"{read_state(self.path)['pid']}); end it with `flwr stop` first"
+                ) from None
+
     def _write_state(self) -> None:
-        _write_json(self.path / "run.json", self.state)
+        write_json(self.path / "run.json", self.state)
 
 
 def read_runs(output_dir: Path) -> list[tuple[Path, dict[str, Any]]]:
@@ -230,33 +308,6 @@ def find_adapter(where: Path, output_dir: Path) -> Path:
         f"{str(where)!r} is neither a run directory nor an adapter folder, here or in {str(output_dir)!r}; "
         "`fedft runs` lists the runs"
     )
-
-
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    _write(path, json.dumps(_plain(value), indent=2) + "\n")
-
-
-def _plain(value: Any) -> Any:
-    """Return a value as strict JSON can hold it: NaN and infinity become None and "inf"."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, float) and value != value:
-        return None
-    return "inf" if value == float("inf") else value
-
-
-def _write(path: Path, text: str) -> None:
-    scratch = path.with_name(f".{path.name}.tmp")
-    scratch.write_text(text, encoding="utf-8")
-    _sync(scratch)
-    scratch.replace(path)
-
-
-def _sync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
 
 
 def _is_alive(pid: int) -> bool:

@@ -132,6 +132,7 @@ class StrategySettings:
     fraction_evaluate: float = _setting(at_least=0, at_most=1)
     min_available_nodes: int = _setting(at_least=1, at_most=_MAX_COUNT)
     min_replies: int = _setting(at_least=1, at_most=_MAX_COUNT)
+    max_failed_rounds: int = _setting(at_least=1, at_most=_MAX_COUNT)
     node_timeout: float = _setting(above=0)
     round_timeout: float = _setting(above=0)
 
@@ -166,7 +167,7 @@ class Settings:
     save_every_round: int = _setting(at_least=1, at_most=1_000_000)
     seed: int = _setting(at_least=0, at_most=2**32 - 1)
     output_dir: str = _setting()
-    resume_from: str = _setting(choices=("",))
+    resume_from: str = _setting()
     model: ModelSettings
     lora: LoraSettings
     data: DataSettings

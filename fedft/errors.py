@@ -38,8 +38,16 @@ class RunDirectoryError(FedftError):
     """A run directory cannot be written, read or found."""
 
 
+class ResumeError(FedftError):
+    """A run cannot be continued: it has nothing to continue from, does not match, or is still going on."""
+
+
 class FederationError(FedftError):
     """Too few nodes connected, or too few usable replies came back."""
+
+
+class RoundError(FederationError):
+    """A round failed: too few usable replies came back. The next one may succeed."""
 
 
 class NoFurtherRoundError(FedftError):

@@ -26,7 +26,8 @@ class ClientLevelDP(Strategy):
         strategy: draws the cohorts and checks the replies.
         ledger: charged with each round before its messages leave; holds the figures of the noise.
         max_epsilon: the zero-out ε that no round may exceed; 0 is no limit.
-        write_ahead: puts the ledger on disk; called when a round is charged, before its messages are returned.
+        write_ledger: puts the ledger on disk; called when a round is charged, before its messages are returned, and
+            when its release is made, before anyone sees it.
     """
 
     def __init__(
@@ -34,12 +35,12 @@ class ClientLevelDP(Strategy):
         strategy: CohortFedAvg,
         ledger: Ledger,
         max_epsilon: float = 0.0,
-        write_ahead: Callable[[], None] = lambda: None,
+        write_ledger: Callable[[], None] = lambda: None,
     ) -> None:
         self.strategy = strategy
         self.ledger = ledger
         self.max_epsilon = max_epsilon
-        self.write_ahead = write_ahead
+        self.write_ledger = write_ledger
 
     def summary(self) -> None:
         """Log the mechanism."""
@@ -56,11 +57,11 @@ class ClientLevelDP(Strategy):
         """
         with_clipping = ConfigRecord({**config, KEY_CLIPPING_NORM: self.ledger.clipping_norm})
         messages = self.strategy.configure_train(server_round, arrays, with_clipping, grid)
-        cohort = [message.metadata.dst_node_id for message in messages]
-        if self.max_epsilon and self.ledger.epsilon_after(cohort) > self.max_epsilon:
+        cohort, newcomers = self.strategy.cohort, self.strategy.newcomers
+        if self.max_epsilon and self.ledger.epsilon_after(cohort, newcomers) > self.max_epsilon:
             raise NoFurtherRoundError(f"round {server_round} would exceed dp.max-epsilon={self.max_epsilon:g}")
-        self.ledger.charge(server_round, cohort)
-        self.write_ahead()
+        self.ledger.charge(server_round, cohort, newcomers)
+        self.write_ledger()
         return messages
 
     def aggregate_train(
@@ -69,10 +70,11 @@ class ClientLevelDP(Strategy):
         """Return the sent adapter plus one noised mean update, cast to float32 last.
 
         Raises:
-            FederationError: fewer usable replies than `min-replies`: nothing is released, the round stays charged.
+            RoundError: fewer usable replies than `min-replies`: nothing is released, the round stays charged.
         """
         usable = self.strategy.usable_replies(replies)
         mean = release(self.ledger, server_round, map(self.strategy.update_of, usable), self.strategy.shapes)
+        self.write_ledger()
         return self.strategy.averaged({key: self.strategy.sent[key] + value for key, value in mean.items()})
 
     def configure_evaluate(

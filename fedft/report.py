@@ -1,6 +1,5 @@
 """What fedft shows: the model card of an adapter, the picture of a partitioning."""
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,8 @@ def model_card(settings: Settings, metrics: Sequence[Mapping[str, Any]], privacy
 
     Args:
         settings: the run's.
-        metrics: the lines of `metrics.jsonl` up to the round before this adapter's or to it.
+        metrics: the lines of `metrics.jsonl` up to the round before this adapter's or to it, with None for no figure
+            and "inf" for infinity.
         privacy: the content of `privacy.json`.
     """
     base, data = builtin.origin(settings.model.name), builtin.origin(settings.data.name)
@@ -27,7 +27,7 @@ def model_card(settings: Settings, metrics: Sequence[Mapping[str, Any]], privacy
     lines += ["tags:", "- lora", "- federated-learning", "- differential-privacy", "- fedft", "---", ""]
     lines += ["# Federated LoRA adapter", ""]
     lines += [f"Base model `{settings.model.name}`, data `{settings.data.name}`, trained by fedft.", ""]
-    scored = [line for line in metrics if not math.isnan(line["eval_loss"])]
+    scored = [line for line in metrics if line["eval_loss"] is not None]
     if scored:
         lines += ["| Round | Held-out loss (nats per token) | Accuracy | ε |", "|---|---|---|---|"]
         lines += [_score_row(line) for line in scored]
@@ -73,9 +73,10 @@ def _claim(privacy: Mapping[str, Any]) -> list[str]:
 
 
 def _score_row(line: Mapping[str, Any]) -> str:
-    accuracy = "" if math.isnan(line["accuracy"]) else f"{line['accuracy']:.1%}"
-    epsilon = "" if line["epsilon"] is None else f"{line['epsilon']:.6g}"
-    loss = f"{line['eval_loss']:.3f} ± {line['eval_loss_margin']:.3f}"
+    accuracy = "" if line["accuracy"] is None else f"{line['accuracy']:.1%}"
+    epsilon = "" if line["epsilon"] is None else f"{float(line['epsilon']):.6g}"
+    margin = "" if line["eval_loss_margin"] is None else f" ± {line['eval_loss_margin']:.3f}"
+    loss = f"{line['eval_loss']:.3f}{margin}"
     return f"| {line['round']} | {loss} | {accuracy} | {epsilon} |"
 
 

@@ -1,6 +1,6 @@
 """The ServerApp: one run from its configuration to the last adapter.
 
-`main` prepares, `_run` is the federated loop, `_Recorder` keeps what a round leaves behind.
+`main` prepares, `_run` is the federated loop, a `Recorder` keeps what a round leaves behind.
 """
 
 import importlib.metadata
@@ -8,8 +8,7 @@ import logging
 import math
 import platform
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +18,21 @@ from flwr.serverapp.strategy import Strategy
 
 import fedft
 from fedft import builtin
-from fedft.adapter import ADAPTER_FILE, Adapter, adapter_digest
+from fedft.adapter import Adapter, check_adapter
 from fedft.aggregation import trained_keys
 from fedft.checkpoint import RunDirectory
 from fedft.config import Settings, parse_run_config
-from fedft.errors import ConfigError, FedftError, NoFurtherRoundError
+from fedft.errors import ConfigError, FederationError, FedftError, NoFurtherRoundError, RoundError
 from fedft.logs import log_like_flower
-from fedft.model import fingerprint, initial_adapter, save_adapter
+from fedft.model import fingerprint, initial_adapter
 from fedft.privacy.accounting import calibrate_noise, format_epsilon, verdict
-from fedft.privacy.certificate import certificate, second_opinion
 from fedft.privacy.ledger import Ledger, Mechanism
 from fedft.private_strategy import ClientLevelDP
-from fedft.records import arrays_from_record, record_from_arrays
-from fedft.report import model_card
-from fedft.strategy import CohortFedAvg, RoundReport
+from fedft.recorder import Recorder
+from fedft.records import record_from_arrays
+from fedft.resume import Position, check_mechanism, check_same_run, find_run, read_position
+from fedft.schedule import Schedule, learning_rate
+from fedft.strategy import CohortFedAvg
 
 _log = logging.getLogger(__name__)
 
@@ -56,190 +56,106 @@ def main(grid: Grid, context: Context) -> None:
 
 def _main(grid: Grid, context: Context) -> None:
     settings = parse_run_config(context.run_config)
-    directory = RunDirectory.create(_output_dir(settings), context.run_id, _facts(settings))
+    directory, position = _open(settings, context.run_id)
     _log.info("run directory: %s", directory.path)
     try:
-        status, why = _run(grid, settings, directory)
+        status, why = _run(grid, settings, directory, position)
+        directory.end(status, why)
     except Exception as error:
         directory.end("failed", str(error) or type(error).__name__)
         raise
-    directory.end(status, why)
+    finally:
+        directory.release()
     adapter = directory.path / directory.state["adapter"] if "adapter" in directory.state else None
     _log.info("run %s%s; adapter: %s", status, f" ({why})" if why else "", adapter or "none, nothing was trained")
     if adapter:
         _log.info('ask it: fedft generate --adapter %s "What is the most common cause of hypothyroidism?"', adapter)
 
 
-def _run(grid: Grid, settings: Settings, directory: RunDirectory) -> tuple[str, str]:
-    """Run the rounds; return the run's final status and the reason for it."""
-    directory.update(base_model=fingerprint(settings.model))
-    first = initial_adapter(settings.model, settings.lora, settings.seed)
-    averaging = CohortFedAvg(settings.strategy, settings.lora.aggregation, first, settings.seed)
-    nodes = averaging.plan(grid, settings.num_server_rounds)
-    ledger = _plan_privacy(settings, averaging.cohort_size, averaging.most_participations)
-    _log_plan(settings, averaging, first, nodes, ledger)
-    run = _Recorder(settings, directory, averaging, nodes, ledger)
-    strategy: Strategy = averaging
-    if ledger:
-        strategy = ClientLevelDP(averaging, ledger, settings.dp.max_epsilon, run.write_privacy)
+def _open(settings: Settings, run_id: int) -> tuple[RunDirectory, Position | None]:
+    """Return a new run directory, or the one that the run goes on in and where; one that is refused stays as it is."""
+    if not settings.resume_from.strip():
+        return RunDirectory.create(_output_dir(settings), run_id, _facts(settings)), None
+    directory = RunDirectory.reopen(find_run(settings.resume_from, _output_dir(settings)))
+    try:
+        check_same_run(directory.state, settings)
+        position = None
+        if directory.state["round"] is not None:
+            position = read_position(directory, settings, fingerprint(settings.model))
+        directory.begin(run_id)
+        directory.update(**_facts(settings))
+    except FedftError:
+        directory.release()
+        raise
+    return directory, position
 
-    arrays = record_from_arrays(first)
-    timeout = settings.strategy.round_timeout
-    for number in range(settings.num_server_rounds + 1):
+
+def _run(grid: Grid, settings: Settings, directory: RunDirectory, position: Position | None = None) -> tuple[str, str]:
+    """Run the rounds, from the first or on from `position`; return the run's final status and the reason for it."""
+    run, strategy, arrays = _prepare(grid, settings, directory, position)
+    report, failed, allowed = run.averaging.report, 0, settings.strategy.max_failed_rounds
+    for number in range(run.next_round, settings.num_server_rounds + 1):
         started = time.monotonic()
-        if number:
-            config = ConfigRecord({"learning-rate": learning_rate(settings, number)})
-            try:
-                messages = strategy.configure_train(number, arrays, config, grid)
-                trained, _ = strategy.aggregate_train(number, grid.send_and_receive(messages, timeout=timeout))
-            except NoFurtherRoundError as reason:
-                run.close(number - 1, arrays)
-                return "stopped", str(reason)
-            except FedftError:
-                run.close(number - 1, arrays)
-                raise
-            arrays = trained or arrays
+        try:
+            if number:
+                arrays = _train(strategy, number, arrays, grid, settings)
+            report, failed = run.averaging.report, 0
+        except NoFurtherRoundError as reason:
+            run.close(arrays)
+            return "stopped", str(reason)
+        except RoundError as error:
+            report, failed = run.averaging.report, failed + 1
+            report.failed = str(error)
+        except FedftError:
+            run.close(arrays)
+            raise
         trained_at = time.monotonic()
-        if _is_evaluated(settings, number):
+        if not report.failed and _is_evaluated(settings, number):
             messages = strategy.configure_evaluate(number, arrays, ConfigRecord(), grid)
-            strategy.aggregate_evaluate(number, grid.send_and_receive(messages, timeout=timeout))
-        run.finish(number, arrays, averaging.report, trained_at - started, time.monotonic() - trained_at)
-    run.close(settings.num_server_rounds, arrays)
+            replies = grid.send_and_receive(messages, timeout=settings.strategy.round_timeout)
+            strategy.aggregate_evaluate(number, replies)
+        run.finish(number, arrays, report, trained_at - started, time.monotonic() - trained_at)
+        if failed == allowed:
+            run.close(arrays)
+            raise FederationError(f"strategy.max-failed-rounds={allowed} reached, the last one: {report.failed}")
+    run.close(arrays)
     return "completed", ""
 
 
-def learning_rate(settings: Settings, server_round: int) -> float:
-    """Return a round's learning rate: a half cosine from the maximum in round 1 towards the minimum after the last."""
-    low, high = settings.train.learning_rate_min, settings.train.learning_rate_max
-    progress = (server_round - 1) / settings.num_server_rounds
-    return low + (high - low) * (1 + math.cos(math.pi * progress)) / 2
+def _train(strategy: Strategy, number: int, arrays: ArrayRecord, grid: Grid, settings: Settings) -> ArrayRecord:
+    """Return the global adapter after one round of training."""
+    config = ConfigRecord({"learning-rate": learning_rate(settings, number)})
+    messages = strategy.configure_train(number, arrays, config, grid)
+    replies = grid.send_and_receive(messages, timeout=settings.strategy.round_timeout)
+    trained, _ = strategy.aggregate_train(number, replies)
+    return trained or arrays
 
 
-@dataclass
-class _Recorder:
-    """Writes a finished round to the run directory and to the log."""
-
-    settings: Settings
-    directory: RunDirectory
-    averaging: CohortFedAvg
-    nodes: int
-    ledger: Ledger | None
-    first_loss: float = math.nan
-    saved: dict[str, str] = field(default_factory=dict)
-    """The adapter last saved: its file below the run directory, and that file's SHA-256."""
-
-    def finish(
-        self, number: int, arrays: ArrayRecord, report: RoundReport, train_seconds: float, eval_seconds: float
-    ) -> None:
-        """Record round `number` as one atomic step and log its line."""
-        scores = report.evaluation
-        if not number:
-            self.first_loss = scores.loss
-        low, high = scores.accuracy_interval
-        metrics = {
-            "round": number,
-            "train_loss": report.train_loss,
-            "eval_loss": scores.loss,
-            "eval_loss_margin": scores.loss_margin,
-            "accuracy": scores.accuracy,
-            "accuracy_low": low,
-            "accuracy_high": high,
-            "eval_examples": scores.examples,
-            **self._spent(),
-            "learning_rate": learning_rate(self.settings, number) if number else None,
-            "cohort": report.cohort,
-            "replies": report.replies,
-            "failures": len(report.failures),
-            "failure_reasons": report.failures[:10],
-            "seconds": round(train_seconds + eval_seconds, 3),
-            "train_seconds": round(train_seconds, 3),
-            "eval_seconds": round(eval_seconds, 3),
-            "bytes_down": report.bytes_down,
-            "bytes_up": report.bytes_up,
-        }
-        last = number == self.settings.num_server_rounds
-        due = number and (last or number % self.settings.save_every_round == 0)
-        saver = self._saver(number, arrays) if due else None
-        self.directory.finish_round(number, metrics, self._privacy(), saver)
-        self._log_round(number, report, train_seconds + eval_seconds)
-
-    def close(self, number: int, arrays: ArrayRecord) -> None:
-        """Save the adapter of the last finished round, unless it was already due, and write and log the final claim."""
-        if number:
-            self.directory.keep_adapter(number, self._saver(number, arrays))
-        final = self._privacy()
-        if self.ledger:
-            final |= second_opinion(self.ledger)
-            _log.info(
-                "privacy: no client was in more than %d rounds: ε %s at δ %g under zero-out adjacency, %s under "
-                "replace-one; the Rényi account that most stacks print says ε %s",
-                *(self.ledger.most, format_epsilon(self.ledger.epsilon), self.ledger.mechanism.delta),
-                *(format_epsilon(self.ledger.epsilon_replace_one), format_epsilon(final["epsilon_renyi"])),
-            )
-        self.directory.write_privacy(final)
-
-    def write_privacy(self) -> None:
-        """Put the ledger on disk with a round that is charged and has not begun."""
-        self.directory.write_privacy(self._privacy())
-
-    def _saver(self, number: int, arrays: ArrayRecord) -> Callable[[Path], None]:
-        adapter = arrays_from_record(arrays)
-        self.saved = {"file": f"peft_{number}/{ADAPTER_FILE}", "sha256": adapter_digest(adapter)}
-
-        def save(folder: Path) -> None:
-            save_adapter(folder, adapter, self.settings.model, self.settings.lora)
-            card = model_card(self.settings, self.directory.metrics, self._privacy())
-            (folder / "README.md").write_text(card, encoding="utf-8")
-
-        return save
-
-    def _privacy(self) -> dict[str, Any]:
-        """Return the content of `privacy.json` now."""
-        facts = {
-            "aggregation": self.settings.lora.aggregation,
-            "base_model": self.directory.state["base_model"],
-            "adapter": self.saved,
-        }
-        if not self.ledger:
-            return {"unit": "none", **facts}
-        plan = {"nodes": self.nodes, "rounds": self.settings.num_server_rounds}
-        return facts | certificate(self.ledger, **plan, most_planned=self.averaging.most_participations)
-
-    def _spent(self) -> dict[str, float | None]:
-        """Return the privacy columns of a round's metrics."""
-        if not self.ledger:
-            return dict.fromkeys(
-                ("epsilon", "epsilon_replace_one", "delta", "participations", "clipping_norm", "sigma")
-            )
-        return {
-            "epsilon": self.ledger.epsilon,
-            "epsilon_replace_one": self.ledger.epsilon_replace_one,
-            "delta": self.ledger.mechanism.delta,
-            "participations": self.ledger.most,
-            "clipping_norm": self.ledger.round_clipping_norm,
-            "sigma": self.ledger.sigma,
-        }
-
-    def _log_round(self, number: int, report: RoundReport, seconds: float) -> None:
-        scores, parts = report.evaluation, []
-        if scores.tokens:
-            change = f" ({scores.loss - self.first_loss:+.2f})" if number else ""
-            parts.append(f"held-out loss {scores.loss:.2f} ± {scores.loss_margin:.2f}{change}")
-        if scores.choices:
-            low, high = scores.accuracy_interval
-            parts.append(f"accuracy {scores.accuracy:.0%} [{low:.0%}, {high:.0%}]")
-        if number:
-            parts.append(f"train loss {report.train_loss:.2f}")
-        if number and self.ledger:
-            mechanism, spent = self.ledger.mechanism, format_epsilon(self.ledger.epsilon)
-            steered = f"C {self.ledger.round_clipping_norm:.3g}, " if mechanism.clipping_quantile else ""
-            parts.append(f"{steered}σ {self.ledger.sigma:.4g}, ε {spent} at δ {mechanism.delta:g}")
-        if number:
-            parts.append(f"{report.replies} replies, {len(report.failures)} failures")
-        parts = parts or ["not evaluated"]
-        _log.info("round %d/%d: %s; %.0f s", number, self.settings.num_server_rounds, "; ".join(parts), seconds)
-        for reason in dict.fromkeys(report.failures):
-            _log.warning("round %d: %s", number, reason)
+def _prepare(
+    grid: Grid, settings: Settings, directory: RunDirectory, position: Position | None
+) -> tuple[Recorder, Strategy, ArrayRecord]:
+    """Return the run's recorder, its strategy, and the adapter that its next round starts from."""
+    first = initial_adapter(settings.model, settings.lora, settings.seed)
+    averaging = CohortFedAvg(settings.strategy, settings.lora.aggregation, first, settings.seed)
+    if position:
+        check_adapter(position.adapter, {key: value.shape for key, value in first.items()})
+        averaging.plan_on(grid, position.schedule)
+    else:
+        directory.update(base_model=fingerprint(settings.model))
+        averaging.plan(grid, settings.num_server_rounds)
+    schedule = averaging.schedule
+    ledger = _plan_privacy(settings, schedule.cohort_size, schedule.limit)
+    if ledger and position and position.ledger:
+        check_mechanism(position.ledger, ledger.mechanism)
+        ledger = position.ledger
+    _log_plan(settings, schedule, first, ledger)
+    run = Recorder(settings, directory, averaging, ledger)
+    arrays = record_from_arrays(position.adapter if position else first)
+    if position:
+        run.go_on(position.server_round, position.trained_round, arrays)
+    if ledger:
+        return run, ClientLevelDP(averaging, ledger, settings.dp.max_epsilon, run.write_privacy), arrays
+    return run, averaging, arrays
 
 
 def _plan_privacy(settings: Settings, cohort_size: int, most: int) -> Ledger | None:
@@ -263,7 +179,7 @@ def _is_evaluated(settings: Settings, number: int) -> bool:
     return due and settings.strategy.fraction_evaluate > 0 and settings.data.test_fraction > 0
 
 
-def _log_plan(settings: Settings, averaging: CohortFedAvg, first: Adapter, nodes: int, ledger: Ledger | None) -> None:
+def _log_plan(settings: Settings, schedule: Schedule, first: Adapter, ledger: Ledger | None) -> None:
     size = sum(value.size for value in first.values())
     trained = max(
         sum(first[key].size for key in trained_keys(settings.lora.aggregation, number, first)) for number in (1, 2)
@@ -272,8 +188,8 @@ def _log_plan(settings: Settings, averaging: CohortFedAvg, first: Adapter, nodes
         "%s on %s: %d nodes, %d a round, %d rounds; the adapter has %s parameters%s",
         settings.model.name,
         settings.data.name,
-        nodes,
-        averaging.cohort_size,
+        len(schedule.nodes),
+        schedule.cohort_size,
         settings.num_server_rounds,
         f"{size:,}",
         "" if trained == size else f", {trained:,} of them train in a round ({settings.lora.aggregation})",
@@ -281,7 +197,7 @@ def _log_plan(settings: Settings, averaging: CohortFedAvg, first: Adapter, nodes
     if ledger is None:
         _log.info("privacy: none (dp.unit='none')")
         return
-    mechanism, most = ledger.mechanism, averaging.most_participations
+    mechanism, most = ledger.mechanism, schedule.limit
     end = ledger.epsilon_of(most)
     _log.info(
         "privacy: unit client, zero-out adjacency: C %g, z %.4g, σ %.4g; a client is in at most %d rounds: "

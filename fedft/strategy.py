@@ -7,33 +7,27 @@ here before it counts: an error, a missing or second reply, or an update that is
 with a reason, never an exception.
 """
 
-import logging
 import math
-import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from datetime import datetime
 from typing import TypeVar
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 from flwr.supercore.differential_privacy import KEY_CLIPPING_NORM
 from numpy.typing import NDArray
 
+from fedft import nodes as federation
 from fedft.adapter import Adapter, adapter_digest, check_adapter
 from fedft.aggregation import after_average, trained_keys
 from fedft.config import StrategySettings
-from fedft.errors import AdapterError, FederationError, NoFurtherRoundError
+from fedft.errors import AdapterError, FederationError, NoFurtherRoundError, RoundError
 from fedft.evaluation import EvaluationSums
 from fedft.records import arrays_from_record, bytes_from_arrays, record_from_arrays, record_size
-from fedft.schedule import draw, eligible, most_participations
-
-_log = logging.getLogger(__name__)
-
-_POLL_SECONDS = 0.5
+from fedft.schedule import Schedule, draw, eligible
 
 _Read = TypeVar("_Read")
 _Record = TypeVar("_Record")
@@ -54,6 +48,8 @@ class RoundReport:
 
     cohort: int = 0
     replies: int = 0
+    failed: str = ""
+    """Why the round changed nothing; empty where it did."""
     failures: list[str] = field(default_factory=list)
     train_loss: float = math.nan
     evaluation: EvaluationSums = field(default_factory=EvaluationSums)
@@ -65,7 +61,7 @@ class CohortFedAvg(FedAvg):
     """Federated averaging (McMahan et al., 2017, arXiv 1602.05629) over cohorts of one planned size.
 
     Adapters are averaged with the clients' numbers of examples as weights. A round with fewer usable replies than
-    `strategy.min-replies` raises `FederationError`.
+    `strategy.min-replies` raises `RoundError`.
 
     Args:
         settings: who takes part, and how long to wait.
@@ -79,9 +75,9 @@ class CohortFedAvg(FedAvg):
         self.settings = settings
         self.aggregation = aggregation
         self.seed = seed
-        self.cohort_size = 0
-        self.most_participations = 0
-        self.participations: Counter[int] = Counter()
+        self.schedule = Schedule()
+        self.cohort: list[int] = []
+        self.newcomers: list[int] = []
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.report = RoundReport()
         self._first = first
@@ -89,9 +85,10 @@ class CohortFedAvg(FedAvg):
         self._sent: Adapter = {}
         self._awaited = 0
         self._unanswered: set[int] = set()
+        self._planned: dict[int, int] = {}
 
-    def plan(self, grid: Grid, rounds: int) -> int:
-        """Wait for the nodes and plan the cohorts; return how many nodes they are.
+    def plan(self, grid: Grid, rounds: int) -> None:
+        """Wait for the nodes and plan the cohorts.
 
         The cohort size is `fraction-train` of the nodes connected; with the rounds it decides how often each node may
         take part, see `schedule`.
@@ -99,21 +96,33 @@ class CohortFedAvg(FedAvg):
         Raises:
             FederationError: fewer than `min-available-nodes` within `node-timeout`.
         """
-        wanted, timeout = self.settings.min_available_nodes, self.settings.node_timeout
-        nodes = self._wait_for(grid, wanted)
-        if len(nodes) < wanted:
+        nodes = self._enough_nodes(grid, self.settings.min_available_nodes)
+        size = max(1, round(self.settings.fraction_train * len(nodes)))
+        simulated = federation.are_simulated(nodes)
+        self.schedule = Schedule(federation.ids(nodes), size, simulated=simulated).replanned(rounds)
+        self._check_replies()
+
+    def plan_on(self, grid: Grid, schedule: Schedule) -> None:
+        """Wait for the nodes and go on with the schedule of an earlier run.
+
+        Nodes are recognised by their ids. A simulation makes new ones for the same partitions of the data: its nodes
+        are recognised by the order in which they registered, and the schedule keeps the ids it was planned with.
+
+        Raises:
+            FederationError: as `plan`, or a simulation does not have the nodes that it had.
+        """
+        self.schedule = schedule
+        self._check_replies()
+        count = len(schedule.nodes) if schedule.simulated else 0
+        nodes = self._enough_nodes(grid, max(count, self.settings.min_available_nodes))
+        if not schedule.simulated:
+            return
+        if len(nodes) != count or not federation.are_simulated(nodes):
             raise FederationError(
-                f"{len(nodes)} nodes are connected after strategy.node-timeout={timeout:g}s, but "
-                f"strategy.min-available-nodes={wanted}; start more SuperNodes or lower that key"
+                f"the run is a simulation of {count} nodes and finds {len(nodes)} that are not those; continue it with "
+                f'--federation-config "num-supernodes={count}"'
             )
-        self.cohort_size = max(1, round(self.settings.fraction_train * len(nodes)))
-        self.most_participations = most_participations(rounds, self.cohort_size, len(nodes))
-        if self.settings.min_replies > self.cohort_size:
-            raise FederationError(
-                f"strategy.min-replies={self.settings.min_replies} is larger than the cohort of {self.cohort_size} "
-                f"(strategy.fraction-train={self.settings.fraction_train:g} of {len(nodes)} nodes)"
-            )
-        return len(nodes)
+        self._planned = dict(zip(federation.ids(nodes), schedule.nodes, strict=True))
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -128,7 +137,6 @@ class CohortFedAvg(FedAvg):
         self.report = RoundReport()
         self._sent = arrays_from_record(arrays)
         cohort = self._next_cohort(server_round, grid)
-        self.participations.update(cohort)
         self.report.cohort = len(cohort)
         self._unanswered = set(cohort)
         trained = trained_keys(self.aggregation, server_round, self._sent)
@@ -146,7 +154,7 @@ class CohortFedAvg(FedAvg):
         """Return the average of the usable adapters, weighted by examples.
 
         Raises:
-            FederationError: fewer usable replies than `min-replies`.
+            RoundError: fewer usable replies than `min-replies`.
         """
         usable = self.usable_replies(replies)
         weight = sum(reply.examples for reply in usable)
@@ -166,7 +174,7 @@ class CohortFedAvg(FedAvg):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> list[Message]:
         """Return the evaluation messages to `fraction-evaluate` of the nodes, the same ones in every round."""
-        nodes = _node_ids(grid)
+        nodes = federation.ids(federation.connected(grid))
         count = math.ceil(self.settings.fraction_evaluate * len(nodes))
         chosen = draw(nodes, count, {}, np.random.default_rng([self.seed, 0xE]))
         config = ConfigRecord({**config, "frozen-arrays": b""})
@@ -186,7 +194,7 @@ class CohortFedAvg(FedAvg):
         Their order is that of their content, so that a sum over them does not depend on who was faster.
 
         Raises:
-            FederationError: they are fewer than `min-replies`.
+            RoundError: they are fewer than `min-replies`.
         """
         usable = self._collect(replies, self._read_training, "")
         usable.sort(key=lambda reply: (reply.examples, reply.loss))
@@ -195,7 +203,7 @@ class CohortFedAvg(FedAvg):
             examples = sum(reply.examples for reply in usable)
             self.report.train_loss = sum(reply.loss * reply.examples for reply in usable) / examples
         if len(usable) < self.settings.min_replies:
-            raise FederationError(
+            raise RoundError(
                 f"only {len(usable)} of {self.report.cohort} clients sent a usable update, strategy.min-replies="
                 f"{self.settings.min_replies}; the first failure: {self.report.failures[0]}"
             )
@@ -210,30 +218,49 @@ class CohortFedAvg(FedAvg):
         """The whole adapter that this round's cohort started from."""
         return self._sent
 
+    def _check_replies(self) -> None:
+        size, nodes = self.schedule.cohort_size, len(self.schedule.nodes)
+        if self.settings.min_replies > size:
+            raise FederationError(
+                f"strategy.min-replies={self.settings.min_replies} is larger than the cohort of {size} "
+                f"(strategy.fraction-train={self.settings.fraction_train:g} of {nodes} nodes)"
+            )
+
+    def _enough_nodes(self, grid: Grid, wanted: int) -> list[NodeInfo]:
+        timeout = self.settings.node_timeout
+        nodes = federation.wait_for(grid, wanted, timeout)
+        if len(nodes) < wanted:
+            raise FederationError(
+                f"{len(nodes)} nodes are connected after strategy.node-timeout={timeout:g}s, but {wanted} are needed "
+                f"(strategy.min-available-nodes={self.settings.min_available_nodes}); start more SuperNodes or lower "
+                "that key"
+            )
+        return nodes
+
     def _next_cohort(self, server_round: int, grid: Grid) -> list[int]:
-        wanted = self.settings.min_replies
-        nodes = self._wait_for(grid, wanted, self._eligible)
+        """Return the ids of a round's cohort, and enter it into the schedule."""
+        schedule, wanted = self.schedule, self.settings.min_replies
+        self.newcomers = []
+        nodes = federation.wait_for(grid, wanted, self.settings.node_timeout, self._eligible)
         if len(nodes) < wanted:
             raise NoFurtherRoundError(
-                f"round {server_round} finds {len(nodes)} nodes that were in fewer than {self.most_participations} "
+                f"round {server_round} finds {len(nodes)} nodes that were in fewer than {schedule.limit} "
                 f"rounds, the most that was planned, and strategy.min-replies={wanted}"
             )
         rng = np.random.default_rng([self.seed, 0xC, server_round])
-        return draw(nodes, self.cohort_size, self.participations, rng)
+        live = {self._id_in_plan(node): node.node_id for node in nodes}
+        self.cohort = draw(list(live), schedule.cohort_size, schedule.participations, rng)
+        schedule.participations.update(self.cohort)
+        return [live[node] for node in self.cohort]
 
-    def _eligible(self, nodes: list[int]) -> list[int]:
-        return eligible(nodes, self.participations, self.most_participations)
+    def _eligible(self, nodes: list[NodeInfo]) -> list[NodeInfo]:
+        planned = [self._id_in_plan(node) for node in nodes]
+        self.newcomers += self.schedule.admit(planned)
+        able = set(eligible(planned, self.schedule.participations, self.schedule.limit))
+        return [node for node, known in zip(nodes, planned, strict=True) if known in able]
 
-    def _wait_for(self, grid: Grid, count: int, select: Callable[[list[int]], list[int]] = list) -> list[int]:
-        """Return the selected ones of the connected nodes, once they are `count` or `node-timeout` has passed."""
-        deadline = time.monotonic() + self.settings.node_timeout
-        nodes = select(_node_ids(grid))
-        if len(nodes) < count:
-            _log.info("waiting up to %gs for %d nodes; %d are there", self.settings.node_timeout, count, len(nodes))
-        while len(nodes) < count and time.monotonic() < deadline:
-            time.sleep(min(_POLL_SECONDS, self.settings.node_timeout))
-            nodes = select(_node_ids(grid))
-        return nodes
+    def _id_in_plan(self, node: NodeInfo) -> int:
+        return self._planned.get(node.node_id, node.node_id)
 
     def _changed(self, adapter: Adapter) -> Adapter:
         """Return the arrays that no node can derive from the seed."""
@@ -294,13 +321,3 @@ def _only(records: Mapping[str, _Record], kind: str) -> _Record:
     if len(records) != 1:
         raise ValueError(f"the reply holds {len(records)} {kind}s instead of one")
     return next(iter(records.values()))
-
-
-def _node_ids(grid: Grid) -> list[int]:
-    """Return the connected nodes in the order in which they registered, the same in each simulation; ids are random."""
-    ordered = sorted(grid.get_nodes(), key=lambda node: (_instant(node.registered_at), node.node_id))
-    return [node.node_id for node in ordered]
-
-
-def _instant(text: str) -> float:
-    return datetime.fromisoformat(text).timestamp() if text else 0.0

@@ -1,12 +1,13 @@
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from fedft.checkpoint import RunDirectory, find_adapter, read_metrics, read_runs, read_state
-from fedft.errors import RunDirectoryError
+from fedft.errors import ResumeError, RunDirectoryError
 
 
 def save(folder: Path) -> None:
@@ -20,7 +21,7 @@ def line(number: int) -> dict[str, Any]:
 def finished_run(folder: Path, rounds: int = 2, run_id: int = 7) -> RunDirectory:
     run = RunDirectory.create(folder, run_id, {"config": {"seed": 1}})
     for number in range(rounds + 1):
-        run.finish_round(number, line(number), {"epsilon": 1.0}, save if number else None)
+        run.finish_round(number, line(number), {"epsilon": 1.0}, save if number else None, str(number).encode())
     return run
 
 
@@ -37,11 +38,13 @@ def test_run_directory_holds_what_the_run_left(tmp_path: Path) -> None:
         {"seed": 1},
     )
     assert sorted(path.name for path in run.path.iterdir()) == [
+        ".lock",
         "metrics.jsonl",
         "peft_1",
         "peft_2",
         "privacy.json",
         "run.json",
+        "state_2.safetensors",
     ]
     assert [entry["round"] for entry in read_metrics(run.path)] == [0, 1, 2]
     assert (tmp_path / "latest").resolve() == run.path
@@ -63,7 +66,7 @@ def test_latest_follows_the_newest_run(tmp_path: Path) -> None:
     assert [state["run_id"] for _, state in read_runs(tmp_path)] == [1, 2]
 
 
-@pytest.mark.parametrize("moment", ["adapter", "metrics.jsonl", "privacy.json", "run.json"])
+@pytest.mark.parametrize("moment", ["adapter", "state_2.safetensors", "metrics.jsonl", "privacy.json", "run.json"])
 def test_death_at_any_moment_of_a_round_leaves_the_round_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
@@ -81,10 +84,12 @@ def test_death_at_any_moment_of_a_round_leaves_the_round_before(
 
     monkeypatch.setattr(Path, "replace", die)
     with pytest.raises(KeyboardInterrupt):
-        run.finish_round(2, line(2), {"epsilon": 2.0}, die_saving if moment == "adapter" else save)
+        run.finish_round(2, line(2), {"epsilon": 2.0}, die_saving if moment == "adapter" else save, b"2")
     assert read_state(run.path)["round"] == 1
     assert [entry["round"] for entry in read_metrics(run.path)] == [0, 1]
     assert find_adapter(run.path, tmp_path).name == "peft_1"
+    run.release()
+    assert RunDirectory.reopen(run.path).read_arrays() == b"1"
 
 
 def test_adapter_of_a_round_that_left_none_can_be_kept(tmp_path: Path) -> None:
@@ -164,3 +169,34 @@ def test_privacy_can_run_ahead_of_the_round_and_is_replaced_whole(
     with pytest.raises(KeyboardInterrupt):
         run.write_privacy({"epsilon": 3.0})
     assert json.loads((run.path / "privacy.json").read_text()) == {"epsilon": 2.0}
+
+
+def test_directory_has_one_writer_at_a_time(tmp_path: Path) -> None:
+    run = finished_run(tmp_path)
+    with pytest.raises(ResumeError, match=rf"being written by a run that is still going on \(pid {os.getpid()}\)"):
+        RunDirectory.reopen(run.path)
+    run.release()
+    again = RunDirectory.reopen(run.path)
+    assert (again.state["round"], len(again.metrics)) == (2, 3)
+
+
+def test_writer_that_goes_on_removes_what_a_killed_one_left_half_done(tmp_path: Path) -> None:
+    run = finished_run(tmp_path)
+    for name in ("peft_3", ".peft_4.tmp"):
+        (run.path / name).mkdir()
+    run.release()
+    again = RunDirectory.reopen(run.path)
+    again.begin(8)
+    assert sorted(path.name for path in run.path.iterdir() if path.is_dir()) == ["peft_1", "peft_2"]
+    state = read_state(run.path)
+    assert (state["run_id"], state["status"]) == (8, "running")
+    assert [(part["run_id"], part["after_round"]) for part in state["runs"]] == [(7, None), (8, 2)]
+
+
+@pytest.mark.parametrize("damage", [lambda file: file.unlink(), lambda file: file.write_bytes(b"x")])
+def test_missing_or_edited_state_is_refused(tmp_path: Path, damage: Callable[[Path], None]) -> None:
+    run = finished_run(tmp_path)
+    assert run.read_arrays() == b"2"
+    damage(run.path / "state_2.safetensors")
+    with pytest.raises(ResumeError, match=r"no readable state|does not have the SHA-256"):
+        run.read_arrays()

@@ -21,7 +21,7 @@ def test_pyproject_defaults_are_valid_and_complete(run_config: dict[str, Any]) -
         ("num-server-rounds", True),
         ("num-server-rounds", 3.0),
         ("seed", -1),
-        ("resume-from", "latest"),
+        ("resume-from", 1),
         ("model.name", " "),
         ("model.quantization", 5),
         ("model.dtype", "int8"),

@@ -5,9 +5,12 @@ Each test has its own FLWR_HOME, HOME and free ports, and ends the SuperLink it 
 
 import hashlib
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,8 +19,10 @@ import numpy as np
 import pytest
 from conftest import PROJECT
 from flower import Flower, read_run
+from safetensors.numpy import load_file
 
 from fedft import builtin
+from fedft.checkpoint import read_state
 from fedft.privacy.accounting import gaussian_epsilon
 from fedft.privacy.ledger import Ledger
 
@@ -108,8 +113,6 @@ def test_notebook_preset_runs_on_local_copies_of_the_same_shapes(
 def test_same_seed_without_privacy_gives_the_same_cohorts_and_adapter(
     flower: Flower, llama_folder: Path, rows: Path
 ) -> None:
-    from safetensors.numpy import load_file
-
     adapters = []
     for _ in range(2):
         run_id = flower.start(
@@ -131,6 +134,48 @@ def test_same_seed_without_privacy_gives_the_same_cohorts_and_adapter(
         assert status == "finished:completed", log
         assert "privacy: none" in log
         adapters.append(load_file(flower.latest() / "peft_2" / "adapter_model.safetensors"))
+    assert all(np.array_equal(adapters[0][key], adapters[1][key]) for key in adapters[0])
+
+
+def test_run_whose_process_was_killed_goes_on_to_the_adapter_of_an_uninterrupted_one(
+    flower: Flower, llama_folder: Path, rows: Path
+) -> None:
+    """Half of four nodes a round, so that the cohorts must be carried over to new node ids."""
+    settings: dict[str, Any] = {
+        "model.name": str(llama_folder),
+        "data.name": str(rows),
+        "data.prompt-style": "alpaca",
+        "dp.unit": "none",
+        "num-server-rounds": 4,
+        "train.max-steps": 2,
+        "strategy.fraction-train": 0.5,
+        "strategy.min-available-nodes": 4,
+    }
+    nodes = "num-supernodes=4 client-resources-num-cpus=1"
+    whole = flower.runs / "whole"
+    status, log = flower.wait(flower.start(nodes, **settings, **{"output-dir": str(whole)}), 200)
+    assert status == "finished:completed", log
+
+    parts = flower.runs / "parts"
+    run_id = flower.start(nodes, **settings, **{"output-dir": str(parts)})
+    deadline = time.monotonic() + 200
+    while not list(parts.glob("*/peft_2")):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    os.kill(read_run((parts / "latest").resolve())[0]["pid"], signal.SIGKILL)
+    flower.wait(run_id, 200)
+    killed = read_state((parts / "latest").resolve())
+    assert killed["status"] == "killed"
+    assert 1 <= killed["round"] < 4
+    resumed = flower.start(nodes, **settings, **{"output-dir": str(parts), "resume-from": "latest"})
+    status, log = flower.wait(resumed, 200)
+    assert status == "finished:completed", log
+
+    state, metrics = read_run((parts / "latest").resolve())
+    assert [part["run_id"] for part in state["runs"]] == [int(run_id), int(resumed)]
+    expected = [line["train_loss"] for line in read_run((whole / "latest").resolve())[1]]
+    assert [line["train_loss"] for line in metrics] == expected
+    adapters = [load_file(folder / "latest" / "peft_4" / "adapter_model.safetensors") for folder in (whole, parts)]
     assert all(np.array_equal(adapters[0][key], adapters[1][key]) for key in adapters[0])
 
 

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedft.checkpoint import _plain
 from fedft.errors import LedgerError
+from fedft.files import plain
 from fedft.privacy.accounting import calibrate_noise, gaussian_epsilon
 from fedft.privacy.certificate import certificate, second_opinion
 from fedft.privacy.ledger import Ledger, Mechanism
@@ -111,7 +111,7 @@ def test_replays_gaps_and_impossible_cohorts_are_refused(number: int, nodes: lis
 def test_saved_ledger_is_the_same_ledger(tmp_path: Path, steering: dict[str, float]) -> None:
     ledger = run(20, 4, 10, 0.1 + 0.2, **steering)
     ledger.charge(11, [2**64 - 1, 3])  # pending, as a killed process leaves it
-    again = Ledger.from_dict(json.loads(json.dumps(_plain(ledger.to_dict()), allow_nan=False)))
+    again = Ledger.from_dict(json.loads(json.dumps(plain(ledger.to_dict()), allow_nan=False)))
     assert again == ledger
     assert again.clipping_norm == ledger.clipping_norm
     again.charge(12, [3])
@@ -224,4 +224,4 @@ def test_certificate_states_the_claim_and_what_is_left_out() -> None:
     assert claim["participation_histogram"] == {"2": 20}
     assert len({line["clipping_norm"] for line in claim["rounds"]}) == 10
     left_out = " ".join(claim["not_covered"])
-    assert all(words in left_out for words in ("losses", "trusted", "another Flower node id", "sampling"))
+    assert all(words in left_out for words in ("losses", "trusted", "two Flower node ids", "sampling"))

@@ -22,7 +22,7 @@ def test_model_card_has_the_hubs_metadata_and_the_claim() -> None:
         "base_model": "sha256 ab",
         "adapter": {"file": "peft_10/adapter_model.safetensors", "sha256": "cd"},
     }
-    unscored = {**LINE, "round": 1, "eval_loss": float("nan"), "accuracy": float("nan")}
+    unscored = {**LINE, "round": 1, "eval_loss": None, "accuracy": None}
     card = model_card(make_settings(), [LINE, unscored], claim)
     head, body = card.split("---\n")[1:3]
     assert "base_model: HuggingFaceTB/SmolLM2-135M-Instruct" in head

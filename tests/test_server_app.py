@@ -20,7 +20,8 @@ from fedft.logs import drop_traceback
 from fedft.privacy.accounting import gaussian_epsilon
 from fedft.privacy.ledger import Ledger
 from fedft.records import arrays_from_record, record_from_arrays
-from fedft.server_app import _output_dir, _plan_privacy, _run, learning_rate
+from fedft.schedule import learning_rate
+from fedft.server_app import _output_dir, _plan_privacy, _run
 
 _fixture = pytest.fixture(autouse=True)(inside_a_run)
 
@@ -155,15 +156,46 @@ def test_run_stops_when_too_few_nodes_may_still_take_part(llama_folder: Path, tm
     assert set(cohorts[3:]) == {1}
 
 
-def test_round_with_too_few_replies_fails_the_run_and_stays_charged(llama_folder: Path, tmp_path: Path) -> None:
-    federation = FakeFederation(4, fails=lambda server_round, _: server_round == 2)
-    with pytest.raises(FederationError, match="only 0 of 2 clients sent a usable update"):
-        run(federation, llama_folder, tmp_path)
-    (directory,) = tmp_path.glob("*-1")
-    privacy = json.loads((directory / "privacy.json").read_text())
-    ledger = Ledger.from_dict(privacy["ledger"])
-    assert [entry.released for entry in ledger.entries] == [True, False]
+def test_failed_round_stays_charged_and_changes_nothing_and_the_run_goes_on(llama_folder: Path, tmp_path: Path) -> None:
+    federation = FakeFederation(4, fails=lambda server_round, _: server_round in (2, 3))
+    outcome, directory = run(federation, llama_folder, tmp_path, num_server_rounds=5, save_every_round=2)
+    assert outcome == ("completed", "")
+    ledger = Ledger.from_dict(privacy_of(directory)["ledger"])
+    assert [entry.released for entry in ledger.entries] == [True, False, False, True, True]
     assert ledger.participations == federation.asked
+    lines = read_metrics(directory.path)
+    assert [line["failed"] for line in lines[:2]] == ["", ""]
+    for line in lines[2:4]:
+        assert line["failed"].startswith("only 0 of 2 clients sent a usable update")
+        assert (line["replies"], line["failures"], line["eval_loss"]) == (0, 2, None)
+    assert {path.name for path in directory.path.glob("peft_*")} == {"peft_4", "peft_5"}
+
+
+@pytest.mark.parametrize(("allowed", "rounds"), [(1, 2), (3, 4)])
+def test_failed_rounds_in_a_row_end_the_run_with_the_last_good_adapter(
+    llama_folder: Path, tmp_path: Path, allowed: int, rounds: int
+) -> None:
+    federation = FakeFederation(4, fails=lambda server_round, _: server_round >= 2)
+    changes = {"num_server_rounds": 9, "save_every_round": 9, "strategy__max_failed_rounds": allowed}
+    with pytest.raises(FederationError, match=rf"max-failed-rounds={allowed} reached.*only 0 of 2 clients sent"):
+        run(federation, llama_folder, tmp_path, **changes)
+    (directory,) = tmp_path.glob("*-1")
+    state, privacy = read_state(directory), json.loads((directory / "privacy.json").read_text())
+    assert (state["round"], state["adapter"]) == (rounds, "peft_1")
+    ledger = Ledger.from_dict(privacy["ledger"])
+    assert [entry.released for entry in ledger.entries] == [True] + [False] * (rounds - 1)
+    assert ledger.participations == federation.asked
+    assert privacy["adapter"]["file"] == "peft_1/adapter_model.safetensors"
+
+
+def test_failures_count_in_a_row_alone(llama_folder: Path, tmp_path: Path) -> None:
+    federation = FakeFederation(4, fails=lambda server_round, _: server_round % 2 == 1)
+    outcome, directory = run(
+        federation, llama_folder, tmp_path, num_server_rounds=7, strategy__max_failed_rounds=2, dp__unit="none"
+    )
+    assert outcome == ("completed", "")
+    assert [bool(line["failed"]) for line in read_metrics(directory.path)[1:]] == [True, False] * 3 + [True]
+    assert read_state(directory.path)["adapter"] == "peft_6"
 
 
 @pytest.mark.parametrize("moment", ["while the clients train", "at the checkpoint"])
@@ -187,7 +219,8 @@ def test_killed_run_has_the_round_in_its_ledger_before_anything_of_it_left(
     (directory,) = tmp_path.glob("*-1")
     assert read_state(directory)["round"] == 1
     ledger = Ledger.from_dict(json.loads((directory / "privacy.json").read_text())["ledger"])
-    assert [(entry.server_round, entry.released) for entry in ledger.entries] == [(1, True), (2, False)]
+    released = moment == "at the checkpoint"
+    assert [(entry.server_round, entry.released) for entry in ledger.entries] == [(1, True), (2, released)]
     assert set(federation.asked) <= set(ledger.participations)
     assert ledger.epsilon == gaussian_epsilon(1.0, ledger.most, 1e-5)
 

@@ -87,7 +87,7 @@ def test_cohort_is_the_asked_share_and_changes_with_the_round() -> None:
 
 
 def test_waiting_for_nodes_ends_with_key_value_and_remedy() -> None:
-    with pytest.raises(FederationError, match=r"1 nodes are connected.*node-timeout=0\.01.*min-available-nodes=2"):
+    with pytest.raises(FederationError, match=r"1 nodes are connected.*node-timeout=0\.01.*but 2 are needed"):
         averaging(node_timeout=0.01).plan(Nodes(1), 1)  # type: ignore[arg-type]
 
 
@@ -274,7 +274,7 @@ def test_update_of_a_frozen_factor_is_refused() -> None:
 def test_round_is_charged_and_written_before_its_messages_leave() -> None:
     written: list[int] = []
     ledger = Ledger(Mechanism(5.0, 1.0, 2, 1e-5))
-    strategy = ClientLevelDP(averaging(), ledger, write_ahead=lambda: written.append(len(ledger.entries)))
+    strategy = ClientLevelDP(averaging(), ledger, write_ledger=lambda: written.append(len(ledger.entries)))
     messages = ask(strategy, Nodes(2))
     assert written == [1]
     assert ledger.participations == dict.fromkeys((message.metadata.dst_node_id for message in messages), 1)

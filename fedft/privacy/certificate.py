@@ -14,7 +14,7 @@ _ADAPTIVE = (
 NOT_COVERED = (
     "losses, accuracies, example counts, error texts and who took part",
     "the server, which sees every clipped update before the noise and is trusted",
-    "a site that joins anew under another Flower node id: it counts as another client",
+    "a site that is connected under two Flower node ids at once: it counts as two clients",
     "amplification by sampling: none is claimed",
     "floating-point arithmetic, beyond the four draws",
 )
@@ -30,7 +30,7 @@ def certificate(ledger: Ledger, *, nodes: int, rounds: int, most_planned: int) -
         most_planned: k, the most rounds the schedule lets any node take part in.
     """
     mechanism = ledger.mechanism
-    histogram = Counter(ledger.participations.values())
+    histogram = Counter(count for count in ledger.participations.values() if count)
     return {
         "unit": "client",
         "adjacency": "zero-out: all of one client's data replaced by nothing",
@@ -53,7 +53,7 @@ def certificate(ledger: Ledger, *, nodes: int, rounds: int, most_planned: int) -
         "verdict": verdict(ledger.epsilon),
         "generator": GENERATOR,
         "not_covered": list(NOT_COVERED),
-        "rounds": _rounds(ledger),
+        "rounds": spent_by_round(ledger),
         "ledger": ledger.to_dict(),
     }
 
@@ -67,11 +67,12 @@ def second_opinion(ledger: Ledger) -> dict[str, float]:
     return {"epsilon_dp_accounting": dp_accounting_epsilon(*figures), "epsilon_renyi": renyi_epsilon(*figures)}
 
 
-def _rounds(ledger: Ledger) -> list[dict[str, Any]]:
+def spent_by_round(ledger: Ledger) -> list[dict[str, Any]]:
     """Return a line a round: its cohort's size, its C, and what the node that took part most had spent after it."""
     counts: Counter[int] = Counter()
     most, lines = 0, []
     for entry in ledger.entries:
+        counts.update(dict.fromkeys(entry.newcomers, most))
         counts.update(entry.nodes)
         most = max(most, *(counts[node] for node in entry.nodes))
         lines.append(

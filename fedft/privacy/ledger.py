@@ -8,8 +8,9 @@ and its ε is that of the node with the most. It claims nothing for the randomne
 **When.** A round is charged to its whole cohort before anything is sent, whoever answers later, and whether or not the
 round ends in a release. So a process that is killed at any moment has charged at least what it has released.
 
-**Limits.** A node is its Flower node id: a site that comes back under another id counts as another. The checksum of the
-saved state shows damage and careless edits; it is no signature.
+**Limits.** A node is its Flower node id. One that the plan did not know may be a client that comes back under another
+id, and is counted as the one that took part most; a client that is connected under two ids at once counts as two. The
+checksum of the saved state shows damage and careless edits; it is no signature.
 """
 
 import hashlib
@@ -88,15 +89,22 @@ class Mechanism:
         return clipping_norm * math.exp(-self.clipping_learning_rate * (unclipped_share - self.clipping_quantile))
 
 
+_NODE_LISTS = ("nodes", "newcomers")
+
+
 @dataclass(frozen=True)
 class RoundEntry:
-    """One round: its cohort, its C, whether it was released, and the noised share of unclipped updates, if taken."""
+    """One round: its cohort, its C, whether it was released, and the noised share of unclipped updates, if taken.
+
+    `newcomers` are the nodes that were first seen in this round and that the plan did not know, in its cohort or not.
+    """
 
     server_round: int
     nodes: tuple[int, ...]
     clipping_norm: float
     released: bool = False
     unclipped_share: float | None = None
+    newcomers: tuple[int, ...] = ()
 
 
 @dataclass
@@ -107,13 +115,16 @@ class Ledger:
     entries: list[RoundEntry] = field(default_factory=list)
     participations: Counter[int] = field(default_factory=Counter)
 
-    def charge(self, server_round: int, nodes: Iterable[int]) -> None:
+    def charge(self, server_round: int, nodes: Iterable[int], newcomers: Iterable[int] = ()) -> None:
         """Enter a round for its whole cohort, before anything is sent to it.
 
+        Newcomers count from now on as the node that took part most before this round.
+
         Raises:
-            LedgerError: the round is not the next one, or the cohort is empty, too large, or names a node twice.
+            LedgerError: the round is not the next one, the cohort is empty, too large, or names a node twice, or a
+                newcomer is none.
         """
-        cohort = tuple(nodes)
+        cohort, new = tuple(nodes), tuple(newcomers)
         if server_round != len(self.entries) + 1:
             raise LedgerError(f"round {server_round} cannot be charged: the next round is {len(self.entries) + 1}")
         if not 1 <= len(set(cohort)) == len(cohort) <= self.mechanism.cohort_size:
@@ -121,7 +132,10 @@ class Ledger:
                 f"round {server_round} names {len(cohort)} nodes, {len(set(cohort))} of them distinct; a cohort is "
                 f"1 to {self.mechanism.cohort_size} distinct nodes"
             )
-        self.entries.append(RoundEntry(server_round, cohort, self.clipping_norm))
+        if len(set(new)) != len(new) or set(new) & set(self.participations):
+            raise LedgerError(f"round {server_round} names a newcomer that took part before, or names one twice")
+        self.entries.append(RoundEntry(server_round, cohort, self.clipping_norm, newcomers=new))
+        self.participations.update(dict.fromkeys(new, self.most))
         self.participations.update(cohort)
 
     def settle(self, server_round: int, unclipped_share: float | None = None) -> None:
@@ -183,15 +197,19 @@ class Ledger:
         """Return the zero-out ε at δ of a node that took part this often."""
         return gaussian_epsilon(self.mechanism.noise_multiplier, participations, self.mechanism.delta)
 
-    def epsilon_after(self, nodes: Iterable[int]) -> float:
-        """Return what `epsilon` would be after one more round of these nodes."""
-        return self.epsilon_of(max([self.most, *(self.participations[node] + 1 for node in nodes)]))
+    def epsilon_after(self, nodes: Iterable[int], newcomers: Iterable[int] = ()) -> float:
+        """Return what `epsilon` would be after one more round of these nodes, some of which may be newcomers."""
+        counts = self.participations | Counter(dict.fromkeys(newcomers, self.most))
+        return self.epsilon_of(max([self.most, *(counts[node] + 1 for node in nodes)]))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the whole state as JSON can hold it; node ids are texts, for JSON readers without 64-bit integers."""
         state: dict[str, Any] = {
             "mechanism": asdict(self.mechanism),
-            "rounds": [{**asdict(entry), "nodes": [str(node) for node in entry.nodes]} for entry in self.entries],
+            "rounds": [
+                {**asdict(entry), **{key: [str(node) for node in getattr(entry, key)] for key in _NODE_LISTS}}
+                for entry in self.entries
+            ],
             "participations": {str(node): count for node, count in sorted(self.participations.items())},
         }
         return {**state, "sha256": _checksum(state)}
@@ -207,7 +225,8 @@ class Ledger:
         try:
             ledger = cls(Mechanism(**state["mechanism"]))
             for item in state["rounds"]:
-                ledger._enter_again(RoundEntry(**{**item, "nodes": tuple(int(node) for node in item["nodes"])}))
+                nodes = {key: tuple(int(node) for node in item[key]) for key in _NODE_LISTS}
+                ledger._enter_again(RoundEntry(**{**item, **nodes}))
             counted = {int(node): count for node, count in state["participations"].items()}
             checksum = state["sha256"]
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -219,7 +238,7 @@ class Ledger:
         return ledger
 
     def _enter_again(self, entry: RoundEntry) -> None:
-        self.charge(entry.server_round, entry.nodes)
+        self.charge(entry.server_round, entry.nodes, entry.newcomers)
         if self.entries[-1].clipping_norm != entry.clipping_norm:
             raise LedgerError(f"round {entry.server_round} of the saved ledger has another clipping norm than it must")
         self.entries[-1] = entry
