@@ -15,11 +15,12 @@ from flwr.clientapp.mod import fixedclipping_mod
 from flwr.common.constant import ErrorCode
 
 from fedft.adapter import Adapter, adapter_digest, new_adapter
-from fedft.config import NodeSettings, Settings, parse_node_config, parse_run_config
+from fedft.config import Settings, parse_run_config
 from fedft.data import Site, load_site
 from fedft.errors import AdapterError, FedftError
 from fedft.logs import log_like_flower
 from fedft.model import load_model, load_tokenizer, quiet_libraries, shapes_in
+from fedft.node import NodeSettings, parse_node_config
 from fedft.records import arrays_from_bytes, arrays_from_record, number_of, record_from_arrays
 
 _log = logging.getLogger(__name__)

@@ -14,10 +14,11 @@ from test_task import make_examples
 from fedft import client_app
 from fedft.adapter import Adapter
 from fedft.aggregation import refactor, trained_keys
-from fedft.config import NodeSettings, Settings
+from fedft.config import Settings
 from fedft.data import Site
 from fedft.errors import AdapterError
 from fedft.model import get_adapter, initial_adapter, load_model
+from fedft.node import NodeSettings
 from fedft.privacy.ledger import Ledger, Mechanism
 from fedft.private_strategy import ClientLevelDP
 from fedft.records import arrays_from_record, record_from_arrays

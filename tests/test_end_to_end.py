@@ -138,7 +138,7 @@ def test_same_seed_without_privacy_gives_the_same_cohorts_and_adapter(
     ("overrides", "line"),
     [
         ({"num-server-rounds": "abc"}, "num-server-rounds='abc' is not allowed: it must be a whole number"),
-        ({"data.name": "/nowhere.jsonl"}, "data path '/nowhere.jsonl' does not exist on this machine"),
+        ({"data.name": "/nowhere.jsonl"}, "run-config data.name='/nowhere.jsonl' does not exist on this machine"),
         ({"model.name": "/nowhere"}, "model.name='/nowhere' is no folder on this machine"),
         ({"output-dir": "relative"}, "output-dir='relative' must be an absolute path"),
     ],
