@@ -151,6 +151,7 @@ class _Recorder:
             "replies": report.replies,
             "failures": len(report.failures),
             "failure_reasons": report.failures[:10],
+            "not_shared": report.not_shared,
             "seconds": round(train_seconds + eval_seconds, 3),
             "train_seconds": round(train_seconds, 3),
             "eval_seconds": round(eval_seconds, 3),
@@ -228,7 +229,7 @@ class _Recorder:
         if scores.choices:
             low, high = scores.accuracy_interval
             parts.append(f"accuracy {scores.accuracy:.0%} [{low:.0%}, {high:.0%}]")
-        if number:
+        if number and not math.isnan(report.train_loss):
             parts.append(f"train loss {report.train_loss:.2f}")
         if number and self.ledger:
             mechanism, spent = self.ledger.mechanism, format_epsilon(self.ledger.epsilon)
@@ -236,6 +237,8 @@ class _Recorder:
             parts.append(f"{steered}σ {self.ledger.sigma:.4g}, ε {spent} at δ {mechanism.delta:g}")
         if number:
             parts.append(f"{report.replies} replies, {len(report.failures)} failures")
+        if report.not_shared:
+            parts.append(f"{report.not_shared} without figures, by their sites' policies")
         parts = parts or ["not evaluated"]
         _log.info("round %d/%d: %s; %.0f s", number, self.settings.num_server_rounds, "; ".join(parts), seconds)
         for reason in dict.fromkeys(report.failures):

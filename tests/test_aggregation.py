@@ -105,13 +105,13 @@ class Federation:
         return sent, replies
 
     def _answer(self, message: Message, _: object) -> Message:
-        return Message(client_app._train(message, self.settings, NODE), reply_to=message)
+        return Message(client_app._train(client_app._Job(message, self.settings, NODE, None)), reply_to=message)
 
     def evaluate(self, number: int) -> Adapter:
         """Return the adapter that a node scores."""
         arrays = record_from_arrays(self.adapter)
         message = self.strategy.configure_evaluate(number, arrays, ConfigRecord(), self.nodes)[0]
-        client_app._evaluate(message, self.settings, NODE)
+        client_app._evaluate(client_app._Job(message, self.settings, NODE, None))
         return get_adapter(load_model(self.settings.model, self.settings.lora))
 
 
@@ -211,4 +211,4 @@ def test_node_that_derives_another_first_adapter_refuses(llama_folder: Path, mon
         }
     )
     with pytest.raises(AdapterError, match="derives another first adapter"):
-        client_app._train(message, other, NODE)
+        client_app._train(client_app._Job(message, other, NODE, None))
