@@ -41,16 +41,14 @@ class Rehearsal:
         self.env = {
             **os.environ,
             "HOME": str(folder),
-            "FLWR_HOME": str(folder / "flwr"),
-            "FEDFT_HOME": str(folder / "home"),
-            "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
             "FLWR_TELEMETRY_ENABLED": "0",
             "COLUMNS": "250",
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         }
 
-    def block(self, name: str, site: int = 1) -> str:
+    def block(self, name: str, site: int = 1, run_id: str = "") -> str:
         """Return the page's block of that name, for a site, with this test's folder and ports."""
+        before = self.block("environment") if name != "environment" else ""
         (text,) = re.findall(rf"<!-- test: {name} -->\n```bash\n(.*?)```", PAGE, re.DOTALL)
         if site != 1:
             self.ports.setdefault(f"909{3 + site}", str(free_port()))
@@ -58,12 +56,12 @@ class Rehearsal:
             text.replace("site-1", f"site-{site}").replace("data.jsonl", FILES[site]).replace("9094", f"909{3 + site}")
         )
         text = re.sub(r"\b(8000|909\d)\b", lambda found: self.ports[found[0]], text)
-        return str(text.replace("/srv/fedft", str(self.folder)))
+        return before + str(text.replace("/srv/fedft", str(self.folder)).replace("RUN_ID", run_id))
 
-    def run(self, name: str, site: int = 1, seconds: float = 60) -> str:
+    def run(self, name: str, site: int = 1, seconds: float = 60, run_id: str = "") -> str:
         """Run a block to its end; return what it prints."""
         done = subprocess.run(
-            ["bash", "-euo", "pipefail", "-c", self.block(name, site)],
+            ["bash", "-euo", "pipefail", "-c", self.block(name, site, run_id)],
             cwd=PROJECT,
             env=self.env,
             stdout=subprocess.PIPE,
@@ -79,7 +77,7 @@ class Rehearsal:
         """Start a block that keeps running; return its log."""
         log = self.folder / f"{name}-{site}.log"
         with log.open("wb") as out:
-            command = ["bash", "-c", f"exec {self.block(name, site)}"]
+            command = ["bash", "-c", self.block(name, site).replace("\nflower-", "\nexec flower-")]
             self.processes.append(
                 subprocess.Popen(
                     command, cwd=PROJECT, env=self.env, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
@@ -173,3 +171,6 @@ def test_three_sites_over_tls_complete_a_run_that_one_of_them_refuses(rehearsal:
     assert [line["eval_examples"] for line in metrics] == [4, 0, 4]  # of the one that shares
     assert refusal in log
     assert refusal in logs[3].read_text(encoding="utf-8")
+
+    run_id = re.findall(r"\d{15,}", rehearsal.run("run-without-stream"))[0]
+    assert "stopped" in rehearsal.run("stop", run_id=run_id) + rehearsal.run("watch")
