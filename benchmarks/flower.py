@@ -27,8 +27,8 @@ class Flower:
             "HOME": str(folder),
             "FLWR_HOME": str(self.home),
             "FEDFT_HOME": str(builtin.home()),
-            "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": str(_free_port()),
-            "FLWR_LOCAL_CONTROL_API_PORT": str(_free_port()),
+            "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": str(free_port()),
+            "FLWR_LOCAL_CONTROL_API_PORT": str(free_port()),
             "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
             "FLWR_TELEMETRY_ENABLED": "0",
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
@@ -94,7 +94,8 @@ def read_run(directory: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     return json.loads((directory / "run.json").read_text(encoding="utf-8")), [json.loads(line) for line in lines]
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Return a port of this machine on which nothing listens."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -48,9 +48,9 @@ def train(variant: str, batch_size: int, steps: int) -> float:
     from presets import settings_with
 
     from fedft import task
-    from fedft.config import NodeSettings
     from fedft.data import load_site
     from fedft.model import initial_adapter, load_model, load_tokenizer
+    from fedft.node import NodeSettings
 
     if variant != "imports alone":
         bits = int(variant[0]) if variant[0].isdigit() else 0

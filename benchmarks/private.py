@@ -32,9 +32,10 @@ from safetensors.numpy import load_file
 
 from fedft import client_app, server_app, task
 from fedft.adapter import ADAPTER_FILE
-from fedft.config import DataSettings, ModelSettings, NodeSettings, Settings, parse_run_config
+from fedft.config import DataSettings, ModelSettings, Settings, parse_run_config
 from fedft.data import Example, load_site, load_split
 from fedft.model import initial_adapter, load_model, load_tokenizer
+from fedft.node import NodeSettings
 
 PRESET = PROJECT / "configs" / "private-1000.toml"
 

@@ -22,9 +22,10 @@ from presets import settings_with
 
 from fedft import task
 from fedft.client_app import _round_seed
-from fedft.config import NodeSettings, Settings
+from fedft.config import Settings
 from fedft.data import load_site
 from fedft.model import initial_adapter, load_model, load_tokenizer, set_adapter
+from fedft.node import NodeSettings
 
 
 def main() -> None:

@@ -27,9 +27,9 @@ from transformers import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
 from fedft import task
-from fedft.config import NodeSettings
 from fedft.data import Example, load_site
 from fedft.model import initial_adapter, load_model, load_tokenizer, set_adapter
+from fedft.node import NodeSettings
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
-"""The `fedft` command: look at runs, ask an adapter, fetch built-ins, look at partitions, plan privacy.
+"""The `fedft` command: look at runs, ask an adapter, fetch built-ins, look at partitions, plan privacy, check a site.
 
 Heavy libraries are imported inside the commands that use them, so that `fedft --help` answers at once. A `FedftError`
-becomes one line on standard error and exit code 1; a plan that its options do not determine, exit code 2.
+becomes one line on standard error and exit code 1; options that contradict or do not suffice, exit code 2.
 """
 
 import json
@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fedft import builtin
-from fedft.errors import ConfigError, FedftError, PlanError, RunDirectoryError
+from fedft.errors import ConfigError, FedftError, PlanError, RunDirectoryError, UsageError
 
 if TYPE_CHECKING:
     from fedft.config import Settings
@@ -45,7 +45,7 @@ def _command(function: Callable[..., None]) -> Callable[..., None]:
             function(*args, **kwargs)
         except FedftError as error:
             _err.print(f"fedft: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
-            raise typer.Exit(2 if isinstance(error, PlanError) else 1) from None
+            raise typer.Exit(2 if isinstance(error, PlanError | UsageError) else 1) from None
 
     app.command()(run)
     return run
@@ -267,6 +267,43 @@ def _draw_plan(plan: "Plan", file: Path) -> None:
     cohorts = sorted({max(1, plan.cohort // 2), plan.cohort, min(plan.nodes, 2 * plan.cohort)})
     curves = {f"{cohort} of {plan.nodes} a round": epsilon_over_rounds(plan, cohort) for cohort in cohorts}
     draw_epsilon(curves, f"z = {plan.noise_multiplier:.4g}, δ = {plan.delta:g}", file)
+
+
+@_command
+def check_site(
+    data: Annotated[str, typer.Option(help="The site's file or folder, as in node-config data-path.")],
+    policy: Annotated[str, typer.Option(help="The site's policy, as in node-config policy-path.")] = "",
+    run_config: Annotated[str, typer.Option(help="The run's overrides or TOML file, as for `flwr run`.")] = "",
+    prompt_column: Annotated[str, typer.Option(help="As in node-config.")] = "",
+    response_column: Annotated[str, typer.Option(help="As in node-config.")] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    project: Annotated[Path, typer.Option(help="Folder of fedft's pyproject.toml.")] = Path(),
+) -> None:
+    """Tell what a site would bring to a run: data, device, memory, policy. Exit code 1 where it could not take part."""
+    from fedft.node import parse_node_config
+
+    given = {
+        "data-path": str(Path(data).absolute()),
+        "policy-path": str(Path(policy).absolute()) if policy else "",
+        "prompt-column": prompt_column,
+        "response-column": response_column,
+    }
+    try:
+        settings = _load_settings(project, run_config)
+        node = parse_node_config({key: value for key, value in given.items() if value})
+    except ConfigError as error:
+        raise UsageError(str(error)) from error
+    from fedft.site_check import check_site as check
+    from fedft.site_table import print_site
+
+    with _err.status("reading the data and the model's configuration"):
+        report = check(settings, node)
+    if as_json:
+        text = json.dumps(report.as_dict(), indent=2, ensure_ascii=False)
+        _out.print(text, markup=False, highlight=False, soft_wrap=True)
+    else:
+        print_site(report, _out)
+    raise typer.Exit(0 if report.ok else 1)
 
 
 def _load_settings(project: Path, run_config: str) -> "Settings":

@@ -1,4 +1,4 @@
-"""Run-config and node-config as frozen, validated settings.
+"""The run-config as frozen, validated settings.
 
 `pyproject.toml` holds every run-config key with its default and meaning. This module holds its type and range: each
 dataclass is one table of the run-config, each field one key with `-` written `_`. Flower hands over a flat mapping such
@@ -177,15 +177,6 @@ class Settings:
     eval: EvalSettings
 
 
-@dataclass(frozen=True)
-class NodeSettings:
-    """A node's own settings: a simulated partition, or the path of the data at a real site."""
-
-    partition_id: int = 0
-    num_partitions: int = 1
-    data_path: str = ""
-
-
 _TABLES: dict[str, type[Any]] = {
     "model": ModelSettings,
     "lora": LoraSettings,
@@ -210,31 +201,6 @@ def parse_run_config(run_config: Mapping[str, Scalar]) -> Settings:
     settings = _parse_table(Settings, "", run_config, **tables)
     _refuse_contradictions(settings)
     return settings
-
-
-def parse_node_config(node_config: Mapping[str, Scalar]) -> NodeSettings:
-    """Parse a node-config: `data-path` at a real site, `partition-id` and `num-partitions` in a simulation.
-
-    Raises:
-        ConfigError: a wrong type or range, one of the two partition keys without the other, or none of the three keys.
-    """
-    data_path = node_config.get("data-path", "")
-    if not isinstance(data_path, str):
-        raise ConfigError(f"node-config data-path={data_path!r} must be a text: the path of a file or folder")
-    if data_path.strip():
-        return NodeSettings(data_path=data_path)
-    if "partition-id" not in node_config or "num-partitions" not in node_config:
-        raise ConfigError(
-            "node-config has no data-path, and no partition-id with num-partitions; start the SuperNode with "
-            """--node-config 'data-path="/path/to/data.jsonl"'"""
-        )
-    index, count = node_config["partition-id"], node_config["num-partitions"]
-    for key, value in (("partition-id", index), ("num-partitions", count)):
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise ConfigError(f"node-config {key}={value!r} must be a whole number")
-    if not 0 <= int(index) < int(count):
-        raise ConfigError(f"node-config partition-id={index!r} must be >= 0 and < num-partitions={count!r}")
-    return NodeSettings(partition_id=int(index), num_partitions=int(count))
 
 
 def run_config_ranges() -> dict[str, tuple[str, str]]:

@@ -17,31 +17,21 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from fedft.config import DataSettings, NodeSettings
+from fedft.config import DataSettings
 from fedft.errors import DataError
+from fedft.node import NodeSettings
 from fedft.partition import share_out, split_test
 from fedft.rows import Row, load_rows
+from fedft.schema import Columns, Record, defects, find_columns
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _log = logging.getLogger(__name__)
 
-_SCHEMAS = (("instruction", "output"), ("question", "answer"), ("prompt", "completion"), ("prompt", "response"))
 _ALPACA_HEADER = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request."
 )
-
-
-@dataclass(frozen=True)
-class Record:
-    """A row understood."""
-
-    messages: tuple[tuple[str, str], ...]
-    """The prompt as (role, text) pairs, the last one the user's."""
-    response: str
-    options: tuple[str, ...] = ()
-    """The candidate responses of a multiple-choice row, `response` among them; empty otherwise."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +62,15 @@ class Site:
     test: tuple[Example, ...]
 
 
+@dataclass(frozen=True)
+class Split:
+    """A node's usable rows, and the columns to read in them."""
+
+    train: tuple[Row, ...]
+    test: tuple[Row, ...]
+    columns: Columns
+
+
 @lru_cache(maxsize=1024)  # one entry per simulated node that this process has served
 def load_site(
     settings: DataSettings,
@@ -92,23 +91,33 @@ def load_site(
     Raises:
         DataError: the rows cannot be read, understood or partitioned, or none are left to train on.
     """
-    train, test = load_split(settings, node, seed)
-    columns = _columns(train[0], settings)
+    split = load_usable(settings, node, seed)
     tokenizer = load_tokenizer()
 
     def examples(rows: Sequence[Row], with_options: bool) -> tuple[Example, ...]:
-        usable = [row for row in rows if _is_usable(row, columns)]
-        if len(usable) < len(rows):
-            _log.warning(
-                "%d of %d rows lack a prompt or a response and are left out", len(rows) - len(usable), len(rows)
-            )
-        records = [_record(row, columns, with_options) for row in usable]
+        records = [split.columns.record(row, with_options) for row in rows]
         return tokenize(records, tokenizer, settings.prompt_style, max_length)
 
-    site = Site(train=examples(train, with_options=False), test=examples(test, with_options=True))
-    if not site.train:
-        raise DataError(f"data {_source(settings, node)!r} has no row with both a prompt and a response")
-    return site
+    return Site(train=examples(split.train, with_options=False), test=examples(split.test, with_options=True))
+
+
+@lru_cache(maxsize=1)
+def load_usable(settings: DataSettings, node: NodeSettings, seed: int) -> Split:
+    """Return the rows of a node that have a prompt and a response; those that lack one are counted in the log.
+
+    Raises:
+        DataError: as `load_site`.
+    """
+    train, test = load_split(settings, node, seed)
+    columns = columns_of([*train, *test], settings, node)
+    unusable = defects([*train, *test], columns)
+    if unusable:
+        why = ", ".join(f"{count} where {reason}" for reason, count in unusable.most_common(3))
+        _log.warning("%d of %d rows are left out: %s", unusable.total(), len(train) + len(test), why)
+    usable = [tuple(row for row in rows if not columns.defect(row)) for rows in (train, test)]
+    if not usable[0]:
+        raise DataError(f"{_origin(settings, node)} has no row with both a prompt and a response to train on; add some")
+    return Split(usable[0], usable[1], columns)
 
 
 def load_split(settings: DataSettings, node: NodeSettings, seed: int) -> tuple[list[Row], list[Row]]:
@@ -117,15 +126,27 @@ def load_split(settings: DataSettings, node: NodeSettings, seed: int) -> tuple[l
     Raises:
         DataError: as `load_site`.
     """
-    source = _source(settings, node)
-    train, test = _split_rows(settings, source)
-    indices = _partitions(settings, source, node.num_partitions, seed)[node.partition_id]
+    source, key = _source(settings, node)
+    train, test = _split_rows(settings, source, key)
+    indices = _partitions(settings, source, key, node.num_partitions, seed)[node.partition_id]
     if not indices:
         raise DataError(
             f"data.partitioner={settings.partitioner!r} leaves partition {node.partition_id} of {node.num_partitions} "
             "empty; use fewer SuperNodes, another partitioner, or a larger data.alpha"
         )
     return [train[i] for i in indices], list(test[node.partition_id :: node.num_partitions])
+
+
+def columns_of(rows: Sequence[Row], settings: DataSettings, node: NodeSettings) -> Columns:
+    """Return the columns of prompt and response: those that the node names, that the run names, or that are found.
+
+    Raises:
+        DataError: a named column is missing, or the rows follow no known schema.
+    """
+    named, keys = (node.prompt_column, node.response_column), "node-config *-column"
+    if not any(named):
+        named, keys = (settings.prompt_column.strip(), settings.response_column.strip()), "run-config data.*-column"
+    return find_columns(rows, named, keys, _origin(settings, node))
 
 
 def partition_sizes(settings: DataSettings, num_partitions: int, seed: int) -> list[dict[str, int]]:
@@ -136,9 +157,10 @@ def partition_sizes(settings: DataSettings, num_partitions: int, seed: int) -> l
     Raises:
         DataError: as `load_site`, but empty partitions are returned as they are.
     """
-    train, _ = _split_rows(settings, settings.name)
+    source, key = _source(settings, NodeSettings())
+    train, _ = _split_rows(settings, source, key)
     sizes = []
-    for indices in _partitions(settings, settings.name, num_partitions, seed):
+    for indices in _partitions(settings, source, key, num_partitions, seed):
         classes = [str(train[i].get(settings.partition_by, "")) for i in indices]
         sizes.append({name: classes.count(name) for name in sorted(set(classes))})
     return sizes
@@ -216,76 +238,28 @@ def _render_chat(
     return prompt, completions
 
 
-def _columns(row: Row, settings: DataSettings) -> tuple[str, str]:
-    """Return the prompt column and the response column; both `messages` for a conversational data set."""
-    present = set(row)
-    if settings.prompt_column.strip():
-        for key, column in (("prompt", settings.prompt_column), ("response", settings.response_column)):
-            if column not in present:
-                raise DataError(f"data.{key}-column={column!r} is not in the data, which has {sorted(present)}")
-        return settings.prompt_column, settings.response_column
-    if "messages" in present:
-        return "messages", "messages"
-    for prompt, response in _SCHEMAS:
-        if {prompt, response} <= present:
-            return prompt, response
-    known = ", ".join("/".join(pair) for pair in (*_SCHEMAS, ("messages",)))
-    raise DataError(
-        f"the data has the columns {sorted(present)}, none of the known schemas ({known}); "
-        "name two with data.prompt-column and data.response-column"
-    )
+def _source(settings: DataSettings, node: NodeSettings) -> tuple[str, str]:
+    """Return what is read, and the key that names it."""
+    return (node.data_path, "node-config data-path") if node.data_path else (settings.name, "run-config data.name")
 
 
-def _is_usable(row: Row, columns: tuple[str, str]) -> bool:
-    prompt, response = columns
-    if prompt == "messages":
-        return _is_conversation(row.get("messages"))
-    return bool(_text(row.get(prompt)) and _text(row.get(response)))
-
-
-def _is_conversation(messages: object) -> bool:
-    """Tell whether messages are a list that ends in a non-empty answer of the assistant to someone."""
-    return (
-        isinstance(messages, list)
-        and len(messages) >= 2
-        and all(isinstance(m, dict) and _text(m.get("role")) and _text(m.get("content")) for m in messages)
-        and messages[-1]["role"] == "assistant"
-    )
-
-
-def _record(row: Row, columns: tuple[str, str], with_options: bool) -> Record:
-    prompt, response = columns
-    if prompt == "messages":
-        turns = row["messages"]
-        return Record(tuple((turn["role"], turn["content"]) for turn in turns[:-1]), turns[-1]["content"])
-    parts = [_text(row[prompt])]
-    if (prompt, response) == _SCHEMAS[0]:
-        parts.append(_text(row.get("input")))
-    answer = _text(row[response])
-    options = row.get("options") if with_options else None
-    texts = tuple(_text(option) for option in options) if isinstance(options, list) else ()
-    is_choice = len(texts) > 1 and all(texts) and answer in texts
-    return Record((("user", "\n\n".join(part for part in parts if part)),), answer, texts if is_choice else ())
-
-
-def _text(value: object) -> str:
-    """Return a cell as stripped text; empty for what is missing (None or NaN)."""
-    return "" if value is None or value != value else str(value).strip()
-
-
-def _source(settings: DataSettings, node: NodeSettings) -> str:
-    return node.data_path or settings.name
+def _origin(settings: DataSettings, node: NodeSettings) -> str:
+    source, key = _source(settings, node)
+    return f"{key}={source!r}"
 
 
 @lru_cache(maxsize=2)
-def _split_rows(settings: DataSettings, source: str) -> tuple[tuple[Row, ...], tuple[Row, ...]]:
-    rows = load_rows(source, settings.split, settings.max_examples)
+def _split_rows(settings: DataSettings, source: str, key: str) -> tuple[tuple[Row, ...], tuple[Row, ...]]:
+    rows = load_rows(source, settings.split, settings.max_examples, key)
     train, test = split_test(rows, settings.test_fraction, settings.partition_by)
     if not train:
-        raise DataError(f"data.test-fraction={settings.test_fraction:g} leaves none of {len(rows)} rows to train on")
+        raise DataError(
+            f"run-config data.test-fraction={settings.test_fraction:g} leaves none of the {len(rows)} rows of "
+            f"{key}={source!r} to train on; lower it or add rows"
+        )
     return tuple(train), tuple(test)
 
 
 @lru_cache(maxsize=2)
-def _partitions(settings: DataSettings, source: str, count: int, seed: int) -> tuple[tuple[int, ...], ...]:
-    return share_out(settings, _split_rows(settings, source)[0], count, seed)
+def _partitions(settings: DataSettings, source: str, key: str, count: int, seed: int) -> tuple[tuple[int, ...], ...]:
+    return share_out(settings, _split_rows(settings, source, key)[0], count, seed)

@@ -18,6 +18,14 @@ class ConfigError(FedftError):
     """A run-config or node-config value has the wrong type, is out of range, or contradicts another."""
 
 
+class PolicyError(FedftError):
+    """A site's policy refuses the run, or cannot be used itself."""
+
+
+class UsageError(FedftError):
+    """A command was given options that it cannot work with."""
+
+
 class FetchError(FedftError):
     """A built-in model or data set could not be fetched, verified or unpacked."""
 

@@ -30,7 +30,7 @@ from fedft.errors import FedftError, ModelError, first_line
 if TYPE_CHECKING:
     import torch
     from peft import LoraConfig, PeftModel
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @lru_cache(maxsize=1)
@@ -159,16 +159,11 @@ def _described(settings: ModelSettings, lora: LoraSettings) -> dict[str, Any]:
 def _describe(settings: ModelSettings, lora: LoraSettings) -> dict[str, Any]:
     """Build the model without weights, wrap it, and read shapes and configuration off it."""
     quiet_libraries()
-    import torch
     from peft import get_peft_model, get_peft_model_state_dict
-    from transformers import AutoConfig, AutoModelForCausalLM
 
     with _as_model_error(settings):
-        config = AutoConfig.from_pretrained(_source(settings), revision=settings.revision)
-        with torch.device("meta"):
-            skeleton = AutoModelForCausalLM.from_config(config)
         saved = lora_config(settings, lora)
-        model = get_peft_model(skeleton, saved)
+        model = get_peft_model(base_skeleton(settings), saved)
     state = get_peft_model_state_dict(model, save_embedding_layers=False)
     odd = [key for key in state if not key.endswith((".lora_A.weight", ".lora_B.weight"))]
     if odd:
@@ -182,6 +177,22 @@ def _describe(settings: ModelSettings, lora: LoraSettings) -> dict[str, Any]:
         saved.save_pretrained(folder)
         written = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))
     return {"shapes": {key: list(state[key].shape) for key in sorted(state)}, "config": written}
+
+
+def base_skeleton(settings: ModelSettings) -> "PreTrainedModel":
+    """Return the base model without its weights, on torch's meta device, from its configuration alone.
+
+    Raises:
+        ModelError: the configuration cannot be loaded.
+    """
+    quiet_libraries()
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with _as_model_error(settings):
+        config = AutoConfig.from_pretrained(_source(settings), revision=settings.revision)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config)  # type: ignore[no-any-return]
 
 
 def initial_adapter(settings: ModelSettings, lora: LoraSettings, seed: int) -> Adapter:

@@ -55,8 +55,8 @@ class ClientLevelDP(Strategy):
             NoFurtherRoundError: the round would exceed `max_epsilon`, or as the wrapped strategy.
             LedgerError: the round was charged before, or is not the next one.
         """
-        with_clipping = ConfigRecord({**config, KEY_CLIPPING_NORM: self.ledger.clipping_norm})
-        messages = self.strategy.configure_train(server_round, arrays, with_clipping, grid)
+        config = ConfigRecord({**config, KEY_CLIPPING_NORM: self.ledger.clipping_norm, **self._announced()})
+        messages = self.strategy.configure_train(server_round, arrays, config, grid)
         cohort, newcomers = self.strategy.cohort, self.strategy.newcomers
         if self.max_epsilon and self.ledger.epsilon_after(cohort, newcomers) > self.max_epsilon:
             raise NoFurtherRoundError(f"round {server_round} would exceed dp.max-epsilon={self.max_epsilon:g}")
@@ -81,8 +81,16 @@ class ClientLevelDP(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> list[Message]:
         """Return the evaluation messages; they need no privacy beyond that of the adapter."""
+        config = ConfigRecord({**config, **self._announced()})
         return self.strategy.configure_evaluate(server_round, arrays, config, grid)
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Return the held-out figures, which are not noised."""
         return self.strategy.aggregate_evaluate(server_round, replies)
+
+    def _announced(self) -> dict[str, float | int]:
+        """Return what a site computes the run's ε from, to hold it against its policy."""
+        return {
+            "noise-multiplier": self.ledger.mechanism.noise_multiplier,
+            "most-participations": self.strategy.schedule.limit,
+        }

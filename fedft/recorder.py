@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -146,6 +147,7 @@ class Recorder:
             "failed": report.failed,
             "failures": len(report.failures),
             "failure_reasons": report.failures[:10],
+            "not_shared": report.not_shared,
             "bytes_down": report.bytes_down,
             "bytes_up": report.bytes_up,
         }
@@ -174,7 +176,7 @@ class Recorder:
         if scores.choices:
             low, high = scores.accuracy_interval
             parts.append(f"accuracy {scores.accuracy:.0%} [{low:.0%}, {high:.0%}]")
-        if number:
+        if number and not math.isnan(report.train_loss):
             parts.append(f"train loss {report.train_loss:.2f}")
         if number and self.ledger:
             mechanism, spent = self.ledger.mechanism, format_epsilon(self.ledger.epsilon)
@@ -182,6 +184,8 @@ class Recorder:
             parts.append(f"{steered}σ {self.ledger.sigma:.4g}, ε {spent} at δ {mechanism.delta:g}")
         if number:
             parts.append(f"{report.replies} replies, {len(report.failures)} failures")
+        if report.not_shared:
+            parts.append(f"{report.not_shared} without figures, by their sites' policies")
         parts = parts or ["not evaluated"]
         if report.failed:
             _log.warning("round %d failed, the adapter is as before: %s", number, report.failed)

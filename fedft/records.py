@@ -11,6 +11,9 @@ from safetensors.numpy import load, save
 
 from fedft.errors import ConfigError
 
+NOT_SHARED = "not-shared"
+"""The one metric of a reply whose site shares no figures; its value is 1."""
+
 
 def record_from_arrays(adapter: Mapping[str, NDArray[np.floating[Any]]]) -> ArrayRecord:
     """Return arrays as a Flower record of float32."""

@@ -26,7 +26,7 @@ from fedft.aggregation import after_average, trained_keys
 from fedft.config import StrategySettings
 from fedft.errors import AdapterError, FederationError, NoFurtherRoundError, RoundError
 from fedft.evaluation import EvaluationSums
-from fedft.records import arrays_from_record, bytes_from_arrays, record_from_arrays, record_size
+from fedft.records import NOT_SHARED, arrays_from_record, bytes_from_arrays, record_from_arrays, record_size
 from fedft.schedule import Schedule, draw, eligible
 
 _Read = TypeVar("_Read")
@@ -35,11 +35,14 @@ _Record = TypeVar("_Record")
 
 @dataclass(frozen=True)
 class ClientReply:
-    """A usable training reply: the arrays that trained, clipped by the client under privacy."""
+    """A usable training reply: the arrays that trained, clipped by the client under privacy.
+
+    Examples and loss are both None where the site's policy does not share them.
+    """
 
     adapter: Adapter
-    examples: int
-    loss: float
+    examples: int | None
+    loss: float | None
 
 
 @dataclass
@@ -51,6 +54,8 @@ class RoundReport:
     failed: str = ""
     """Why the round changed nothing; empty where it did."""
     failures: list[str] = field(default_factory=list)
+    not_shared: int = 0
+    """Usable training replies without figures, and evaluations that a site's policy does not share."""
     train_loss: float = math.nan
     evaluation: EvaluationSums = field(default_factory=EvaluationSums)
     bytes_down: int = 0
@@ -60,8 +65,8 @@ class RoundReport:
 class CohortFedAvg(FedAvg):
     """Federated averaging (McMahan et al., 2017, arXiv 1602.05629) over cohorts of one planned size.
 
-    Adapters are averaged with the clients' numbers of examples as weights. A round with fewer usable replies than
-    `strategy.min-replies` raises `RoundError`.
+    Adapters are averaged with the clients' numbers of examples as weights; one that does not share its number counts as
+    the average of those that do. A round with fewer usable replies than `strategy.min-replies` raises `RoundError`.
 
     Args:
         settings: who takes part, and how long to wait.
@@ -157,11 +162,10 @@ class CohortFedAvg(FedAvg):
             RoundError: fewer usable replies than `min-replies`.
         """
         usable = self.usable_replies(replies)
-        weight = sum(reply.examples for reply in usable)
         mean = {key: np.zeros(shape) for key, shape in self.shapes.items()}
-        for reply in usable:
+        for reply, weight in zip(usable, _weights([reply.examples for reply in usable]), strict=True):
             for key, value in reply.adapter.items():
-                mean[key] += value * (reply.examples / weight)
+                mean[key] += value * weight
         return self.averaged(mean)
 
     def averaged(self, arrays: Mapping[str, NDArray[np.float64]]) -> tuple[ArrayRecord, MetricRecord]:
@@ -183,8 +187,10 @@ class CohortFedAvg(FedAvg):
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Return loss and accuracy over all nodes' held-out examples, and keep their sums in `report`."""
-        sums = self._collect(replies, _read_evaluation, "evaluation: ")
-        total = sum(sums, start=EvaluationSums())
+        read = self._collect(replies, _read_evaluation, "evaluation: ")
+        shared = [sums for sums in read if sums is not None]
+        self.report.not_shared += len(read) - len(shared)
+        total = sum(shared, start=EvaluationSums())
         self.report.evaluation = total
         return MetricRecord({"eval_loss": total.loss}) if total.tokens else None
 
@@ -197,11 +203,13 @@ class CohortFedAvg(FedAvg):
             RoundError: they are fewer than `min-replies`.
         """
         usable = self._collect(replies, self._read_training, "")
-        usable.sort(key=lambda reply: (reply.examples, reply.loss))
+        usable.sort(key=_order)
         self.report.replies = len(usable)
-        if usable:
-            examples = sum(reply.examples for reply in usable)
-            self.report.train_loss = sum(reply.loss * reply.examples for reply in usable) / examples
+        shared = [(reply.examples, reply.loss) for reply in usable if reply.examples and reply.loss is not None]
+        self.report.not_shared += len(usable) - len(shared)
+        if shared:
+            examples = sum(count for count, _ in shared)
+            self.report.train_loss = sum(loss * count for count, loss in shared) / examples
         if len(usable) < self.settings.min_replies:
             raise RoundError(
                 f"only {len(usable)} of {self.report.cohort} clients sent a usable update, strategy.min-replies="
@@ -294,11 +302,7 @@ class CohortFedAvg(FedAvg):
         arrays = _only(message.content.array_records, "ArrayRecord")
         metrics = _only(message.content.metric_records, "MetricRecord")
         self.report.bytes_up += record_size(arrays)
-        examples, loss = metrics.get("num-examples"), metrics.get("train_loss")
-        if not isinstance(examples, int) or examples < 1:
-            raise ValueError(f"num-examples={examples!r} is not a whole number >= 1")
-        if not isinstance(loss, float) or not math.isfinite(loss):
-            raise ValueError(f"train_loss={loss!r} is not a finite number")
+        examples, loss = (None, None) if NOT_SHARED in metrics else _read_figures(metrics)
         adapter = arrays_from_record(arrays)
         check_adapter(adapter, self.shapes)
         if message.metadata.src_node_id not in self._unanswered:
@@ -307,8 +311,32 @@ class CohortFedAvg(FedAvg):
         return ClientReply(adapter, examples, loss)
 
 
-def _read_evaluation(message: Message) -> EvaluationSums:
-    return EvaluationSums.from_metrics(dict(_only(message.content.metric_records, "MetricRecord")))  # type: ignore[arg-type]
+def _weights(examples: list[int | None]) -> list[float]:
+    """Return each reply's share of the average: by examples, the unknown ones as the average of the known."""
+    known = [count for count in examples if count is not None]
+    average = sum(known) / len(known) if known else 1.0
+    weights = [average if count is None else count for count in examples]
+    return [weight / sum(weights) for weight in weights]
+
+
+def _order(reply: ClientReply) -> tuple[int, float, str]:
+    if reply.examples is None or reply.loss is None:
+        return 0, 0.0, adapter_digest(reply.adapter)
+    return reply.examples, reply.loss, ""
+
+
+def _read_figures(metrics: MetricRecord) -> tuple[int, float]:
+    examples, loss = metrics.get("num-examples"), metrics.get("train_loss")
+    if not isinstance(examples, int) or examples < 1:
+        raise ValueError(f"num-examples={examples!r} is not a whole number >= 1")
+    if not isinstance(loss, float) or not math.isfinite(loss):
+        raise ValueError(f"train_loss={loss!r} is not a finite number")
+    return examples, loss
+
+
+def _read_evaluation(message: Message) -> EvaluationSums | None:
+    metrics = dict(_only(message.content.metric_records, "MetricRecord"))
+    return None if NOT_SHARED in metrics else EvaluationSums.from_metrics(metrics)  # type: ignore[arg-type]
 
 
 def _reason(message: Message) -> str:

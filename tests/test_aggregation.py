@@ -14,10 +14,11 @@ from test_task import make_examples
 from fedft import client_app
 from fedft.adapter import Adapter
 from fedft.aggregation import refactor, trained_keys
-from fedft.config import NodeSettings, Settings
+from fedft.config import Settings
 from fedft.data import Site
 from fedft.errors import AdapterError
 from fedft.model import get_adapter, initial_adapter, load_model
+from fedft.node import NodeSettings
 from fedft.privacy.ledger import Ledger, Mechanism
 from fedft.private_strategy import ClientLevelDP
 from fedft.records import arrays_from_record, record_from_arrays
@@ -104,13 +105,13 @@ class Federation:
         return sent, replies
 
     def _answer(self, message: Message, _: object) -> Message:
-        return Message(client_app._train(message, self.settings, NODE), reply_to=message)
+        return Message(client_app._train(client_app._Job(message, self.settings, NODE, None)), reply_to=message)
 
     def evaluate(self, number: int) -> Adapter:
         """Return the adapter that a node scores."""
         arrays = record_from_arrays(self.adapter)
         message = self.strategy.configure_evaluate(number, arrays, ConfigRecord(), self.nodes)[0]
-        client_app._evaluate(message, self.settings, NODE)
+        client_app._evaluate(client_app._Job(message, self.settings, NODE, None))
         return get_adapter(load_model(self.settings.model, self.settings.lora))
 
 
@@ -210,4 +211,4 @@ def test_node_that_derives_another_first_adapter_refuses(llama_folder: Path, mon
         }
     )
     with pytest.raises(AdapterError, match="derives another first adapter"):
-        client_app._train(message, other, NODE)
+        client_app._train(client_app._Job(message, other, NODE, None))

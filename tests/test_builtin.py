@@ -134,8 +134,8 @@ def test_origin_is_the_hub_id() -> None:
 def test_the_real_data_set_has_its_questions_with_four_options_and_the_answer_among_them() -> None:
     from conftest import make_settings
 
-    from fedft.config import NodeSettings
     from fedft.data import load_split
+    from fedft.node import NodeSettings
 
     train, test = load_split(make_settings().data, NodeSettings(), 0)
     rows = [*train, *test]

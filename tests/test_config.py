@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 from conftest import PROJECT, flatten, make_settings
 
-from fedft.config import NodeSettings, parse_node_config, parse_run_config, run_config_ranges
+from fedft.config import parse_run_config, run_config_ranges
 from fedft.errors import ConfigError
 
 
@@ -90,28 +90,6 @@ def test_contradiction_is_refused(contradiction: dict[str, Any]) -> None:
 def test_target_module_names_are_split() -> None:
     assert make_settings(lora__target_modules=" q_proj, v_proj ,").lora.target_module_names == ("q_proj", "v_proj")
     assert make_settings().lora.target_module_names == ()
-
-
-def test_node_config_is_a_partition_or_a_path() -> None:
-    assert parse_node_config({"partition-id": 1, "num-partitions": 2}) == NodeSettings(1, 2)
-    assert parse_node_config({"data-path": "/a.jsonl", "other": 1}) == NodeSettings(data_path="/a.jsonl")
-
-
-@pytest.mark.parametrize(
-    "node_config",
-    [
-        {},
-        {"partition-id": 0},
-        {"partition-id": 2, "num-partitions": 2},
-        {"partition-id": "0", "num-partitions": 2},
-        {"partition-id": True, "num-partitions": 2},
-        {"data-path": 3},
-        {"data-path": " "},
-    ],
-)
-def test_wrong_node_config_is_refused(node_config: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match="node-config"):
-        parse_node_config(node_config)
 
 
 def test_notebook_preset_has_the_notebooks_figures(run_config: dict[str, Any]) -> None:

@@ -9,10 +9,12 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import make_settings
 
-from fedft.config import DataSettings, NodeSettings
-from fedft.data import Record, Site, load_site, load_split, partition_sizes, render_alpaca, split_test, tokenize
+from fedft.config import DataSettings
+from fedft.data import Site, load_site, load_split, partition_sizes, render_alpaca, tokenize
 from fedft.errors import DataError
-from fedft.partition import share_out
+from fedft.node import NodeSettings
+from fedft.partition import share_out, split_test
+from fedft.schema import Record
 
 ROWS = [{"question": f"q {i}", "answer": f"a {i}", "specialty": "ABC"[i % 3]} for i in range(60)]
 
@@ -78,7 +80,7 @@ def test_data_path_of_a_site_wins_over_the_runs_data(tmp_path: Path) -> None:
         ("a.jsonl", "[1, 2]\n", "list of objects"),
         ("a.json", '{"question": "q"}', "list of objects"),
         ("a.csv", "question,answer\n", "no rows"),
-        ("a.parquet", "nonsense", "cannot read data file"),
+        ("a.parquet", "nonsense", "cannot read 'a.parquet' as parquet"),
         ("a.txt", "nonsense", "must end in"),
         ("a.jsonl", '{"text": "q"}\n{"text": "r"}\n', "none of the known schemas"),
         ("a.jsonl", '{"question": "q", "answer": null}\n{"question": " ", "answer": "a"}\n', "no row with both"),
@@ -94,13 +96,13 @@ def test_wrong_file_is_one_clear_line(tmp_path: Path, llama_folder: Path, name: 
 def test_missing_path_and_empty_folder_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="does not exist"):
         load_split(data(str(tmp_path / "none.jsonl")), NodeSettings(), 0)
-    with pytest.raises(DataError, match="holds no file"):
+    with pytest.raises(DataError, match="without a file that ends in"):
         load_split(data(str(tmp_path)), NodeSettings(), 0)
 
 
 def test_named_column_that_is_missing_is_refused(tmp_path: Path, llama_folder: Path) -> None:
     settings = data(write(tmp_path, ROWS), prompt_column="question", response_column="output")
-    with pytest.raises(DataError, match=r"data.response-column='output' is not in the data"):
+    with pytest.raises(DataError, match=r"run-config data.response-column='output' is not in run-config data.name="):
         site(settings, llama_folder)
 
 
@@ -241,7 +243,7 @@ def test_hub_that_cannot_be_reached_is_one_line_with_the_alternatives(
         raise ConnectionError("no route\nsecond line")
 
     monkeypatch.setattr(datasets, "load_dataset", fail)
-    with pytest.raises(DataError, match=r"cannot load data.name='some/data'.*no route;.*builtin:medmcqa") as caught:
+    with pytest.raises(DataError, match=r"cannot load run-config data.name='some/data'.*route;.*builtin:") as caught:
         load_split(data("some/data"), NodeSettings(), 0)
     assert "\n" not in str(caught.value)
 

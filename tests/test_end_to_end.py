@@ -183,7 +183,7 @@ def test_run_whose_process_was_killed_goes_on_to_the_adapter_of_an_uninterrupted
     ("overrides", "line"),
     [
         ({"num-server-rounds": "abc"}, "num-server-rounds='abc' is not allowed: it must be a whole number"),
-        ({"data.name": "/nowhere.jsonl"}, "data path '/nowhere.jsonl' does not exist on this machine"),
+        ({"data.name": "/nowhere.jsonl"}, "run-config data.name='/nowhere.jsonl' does not exist on this machine"),
         ({"model.name": "/nowhere"}, "model.name='/nowhere' is no folder on this machine"),
         ({"output-dir": "relative"}, "output-dir='relative' must be an absolute path"),
     ],

@@ -68,6 +68,12 @@ def reply(message: Message, adapter: dict[str, np.ndarray], examples: Any = 10, 
     return Message(RecordDict({"arrays": record, "metrics": metrics}), reply_to=message)
 
 
+def unshared(message: Message, adapter: dict[str, np.ndarray]) -> Message:
+    answer = reply(message, adapter)
+    answer.content.metric_records["metrics"] = MetricRecord({"not-shared": 1})
+    return answer
+
+
 def result(outcome: tuple[ArrayRecord | None, Any]) -> dict[str, np.ndarray]:
     assert outcome[0] is not None
     return arrays_from_record(outcome[0])
@@ -105,6 +111,55 @@ def test_plain_averaging_weights_by_examples() -> None:
     np.testing.assert_allclose(mean[B], [[1], [1]])
     assert strategy.report.train_loss == 2.5
     assert (strategy.report.replies, strategy.report.failures) == (2, [])
+
+
+def test_reply_without_figures_counts_as_the_average_of_those_with() -> None:
+    strategy = averaging(min_available_nodes=3)
+    first, second, third = ask(strategy, Nodes(3))
+    replies = [
+        reply(first, moved(4, 0, 0, 0), 30, 3.0),
+        reply(second, moved(0, 8, 0, 0), 10, 1.0),
+        unshared(third, moved(0, 0, 6, 0)),
+    ]
+    mean = result(strategy.aggregate_train(1, replies))
+    np.testing.assert_allclose(mean[A], [[1 + 4 * 30 / 60, 1 + 8 * 10 / 60]], rtol=1e-6)
+    np.testing.assert_allclose(mean[B], [[1 + 6 * 20 / 60], [1]], rtol=1e-6)
+    report = strategy.report
+    assert (report.train_loss, report.replies, report.not_shared, report.failures) == (2.5, 3, 1, [])
+
+
+@pytest.mark.parametrize("unit", ["none", "client"])
+def test_round_in_which_nobody_shares_figures_is_a_round(unit: str) -> None:
+    strategy = private(n=2) if unit == "client" else averaging()
+    inner = strategy.strategy if isinstance(strategy, ClientLevelDP) else strategy
+    messages = ask(strategy, Nodes(2))
+    updates = (moved(4, 0, 0, 0), moved(0, 2, 0, 0))
+    replies = [unshared(message, update) for message, update in zip(messages, updates, strict=True)]
+    mean = result(strategy.aggregate_train(1, replies[::-1]))
+    np.testing.assert_allclose(mean[A], [[3, 2]])
+    assert (inner.report.replies, inner.report.not_shared, inner.report.failures) == (2, 2, [])
+    assert math.isnan(inner.report.train_loss)
+
+
+def test_evaluation_that_is_not_shared_is_no_failure() -> None:
+    strategy = averaging()
+    strategy.plan(Nodes(2), 1)  # type: ignore[arg-type]
+    first, second = strategy.configure_evaluate(0, record_from_arrays(START), ConfigRecord(), Nodes(2))  # type: ignore[arg-type]
+    sums = EvaluationSums.of(2.0, 1, True)
+    shared = Message(RecordDict({"metrics": MetricRecord({**sums.as_metrics()})}), reply_to=first)
+    silent = Message(RecordDict({"metrics": MetricRecord({"not-shared": 1})}), reply_to=second)
+    strategy.aggregate_evaluate(0, [shared, silent])
+    assert (strategy.report.evaluation, strategy.report.not_shared, strategy.report.failures) == (sums, 1, [])
+
+
+def test_sites_are_told_what_they_compute_the_runs_epsilon_from() -> None:
+    strategy = private(n=2, z=1.5, fraction_train=0.5, min_available_nodes=4)
+    nodes = Nodes(4)
+    trains = ask(strategy, nodes, rounds=3)
+    evaluates = strategy.configure_evaluate(1, record_from_arrays(START), ConfigRecord(), nodes)  # type: ignore[arg-type]
+    for message in (*trains, *evaluates):
+        config = message.content.config_records["config"]
+        assert (config["noise-multiplier"], config["most-participations"]) == (1.5, 2)
 
 
 def test_average_does_not_depend_on_the_order_of_the_replies() -> None:
