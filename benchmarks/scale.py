@@ -2,15 +2,15 @@
 
     python benchmarks/scale.py [--nodes 10 100 1000] [--rounds 4] [--output FILE]
 
-Prints the seconds a client costs in a round after the first, and the peak memory of the process that holds server and
-simulation and of the largest actor. Nothing is evaluated; one actor has all cores.
+Prints the seconds a client costs in a round after the first, and for the process that holds server and simulation and
+for the actor the peak memory, and how much of it was added after the first half of the run (`--nodes 10 --rounds 20`:
+does it stay flat?). Nothing is evaluated; one actor has all cores.
 """
 
 import argparse
 import os
 import tempfile
 import threading
-import time
 from pathlib import Path
 
 from flower import Flower, read_run
@@ -28,9 +28,9 @@ def main() -> None:
         flower = Flower(Path(folder))
         try:
             for nodes in options.nodes:
-                peaks: dict[str, float] = {}
+                samples: dict[str, list[float]] = {}
                 done = threading.Event()
-                watcher = threading.Thread(target=watch, args=(peaks, done))
+                watcher = threading.Thread(target=watch, args=(samples, done))
                 watcher.start()
                 try:
                     lines = run(flower, nodes, min(nodes, 50), options.rounds)
@@ -40,8 +40,11 @@ def main() -> None:
                 results[f"{nodes} nodes: seconds a client"] = spread(
                     [line["seconds"] / line["cohort"] for line in lines[2:]]
                 )
-                for name, peak in peaks.items():
-                    results[f"{nodes} nodes: {name}, MiB"] = peak
+                for name, sizes in samples.items():
+                    results[f"{nodes} nodes: {name}, MiB"] = max(sizes)
+                    results[f"{nodes} nodes: {name}, second half over first"] = max(sizes) / max(
+                        sizes[: len(sizes) // 2]
+                    )
         finally:
             flower.stop()
     publish("scale", results, options.output)
@@ -66,26 +69,22 @@ def run(flower: Flower, nodes: int, cohort: int, rounds: int) -> list[dict[str, 
     return read_run(flower.latest())[1]
 
 
-def watch(peaks: dict[str, float], done: threading.Event) -> None:
-    """Keep the highest resident set of the simulation process and of any actor, until done."""
-    while not done.is_set():
+def watch(samples: dict[str, list[float]], done: threading.Event) -> None:
+    """Sample the resident set of the simulation process and of the largest actor twice a second, until done."""
+    while not done.wait(0.5):
+        now: dict[str, float] = {}
         for entry in Path("/proc").glob("[0-9]*"):
             try:
-                command = (entry / "cmdline").read_bytes().replace(b"\0", b" ")
+                command = (entry / "cmdline").read_bytes()
                 status = (entry / "status").read_text()
             except OSError:
                 continue
-            name = (
-                "actor"
-                if b"ClientAppActor" in command
-                else "server and simulation"
-                if b"flwr-simulation" in command
-                else ""
-            )
-            if name and "VmHWM:" in status:
-                peak = int(status.split("VmHWM:")[1].split()[0]) / 2**10
-                peaks[name] = max(peaks.get(name, 0.0), peak)
-        time.sleep(0.5)
+            kinds = {b"ClientAppActor": "actor", b"flwr-simulation": "server and simulation"}
+            name = next((kinds[mark] for mark in kinds if mark in command), "")
+            if name and "VmRSS:" in status:
+                now[name] = max(now.get(name, 0.0), int(status.split("VmRSS:")[1].split()[0]) / 2**10)
+        for name, size in now.items():
+            samples.setdefault(name, []).append(size)
 
 
 if __name__ == "__main__":
