@@ -50,7 +50,7 @@ def train(variant: str, batch_size: int, steps: int) -> float:
     from fedft import task
     from fedft.data import load_site
     from fedft.model import initial_adapter, load_model, load_tokenizer
-    from fedft.node import NodeSettings
+    from fedft.node_config import NodeSettings
 
     if variant != "imports alone":
         bits = int(variant[0]) if variant[0].isdigit() else 0

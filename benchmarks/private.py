@@ -35,7 +35,7 @@ from fedft.adapter import ADAPTER_FILE
 from fedft.config import DataSettings, ModelSettings, Settings, parse_run_config
 from fedft.data import Example, load_site, load_split
 from fedft.model import initial_adapter, load_model, load_tokenizer
-from fedft.node import NodeSettings
+from fedft.node_config import NodeSettings
 
 PRESET = PROJECT / "configs" / "private-1000.toml"
 

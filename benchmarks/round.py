@@ -25,7 +25,7 @@ from fedft.client_app import _round_seed
 from fedft.config import Settings
 from fedft.data import load_site
 from fedft.model import initial_adapter, load_model, load_tokenizer, set_adapter
-from fedft.node import NodeSettings
+from fedft.node_config import NodeSettings
 
 
 def main() -> None:

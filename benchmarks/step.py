@@ -29,7 +29,7 @@ from trl import SFTConfig, SFTTrainer
 from fedft import task
 from fedft.data import Example, load_site
 from fedft.model import initial_adapter, load_model, load_tokenizer, set_adapter
-from fedft.node import NodeSettings
+from fedft.node_config import NodeSettings
 
 
 def main() -> None:

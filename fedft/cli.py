@@ -280,7 +280,7 @@ def check_site(
     project: Annotated[Path, typer.Option(help="Folder of fedft's pyproject.toml.")] = Path(),
 ) -> None:
     """Tell what a site would bring to a run: data, device, memory, policy. Exit code 1 where it could not take part."""
-    from fedft.node import parse_node_config
+    from fedft.node_config import parse_node_config
 
     given = {
         "data-path": str(Path(data).absolute()),

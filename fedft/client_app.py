@@ -27,7 +27,7 @@ from fedft.data import Site, load_site, load_usable
 from fedft.errors import AdapterError, ConfigError, FedftError, PolicyError
 from fedft.logs import log_like_flower
 from fedft.model import load_model, load_tokenizer, quiet_libraries, shapes_in
-from fedft.node import NodeSettings, parse_node_config
+from fedft.node_config import NodeSettings, parse_node_config
 from fedft.records import NOT_SHARED, arrays_from_bytes, arrays_from_record, number_of, record_from_arrays
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from fedft.config import DataSettings
 from fedft.errors import DataError
-from fedft.node import NodeSettings
+from fedft.node_config import NodeSettings
 from fedft.partition import share_out, split_test
 from fedft.rows import Row, load_rows
 from fedft.schema import Columns, Record, defects, find_columns

@@ -16,7 +16,7 @@ from fedft.data import columns_of, load_split, tokenize
 from fedft.errors import FedftError
 from fedft.footprint import Device, Footprint, estimate, find_device
 from fedft.model import load_tokenizer
-from fedft.node import NodeSettings
+from fedft.node_config import NodeSettings
 from fedft.policy import Policy, RunFacts, check_records, load_policy, refusals, run_epsilon
 from fedft.privacy.accounting import calibrate_noise
 from fedft.privacy.planner import participations

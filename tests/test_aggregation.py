@@ -18,7 +18,7 @@ from fedft.config import Settings
 from fedft.data import Site
 from fedft.errors import AdapterError
 from fedft.model import get_adapter, initial_adapter, load_model
-from fedft.node import NodeSettings
+from fedft.node_config import NodeSettings
 from fedft.privacy.ledger import Ledger, Mechanism
 from fedft.private_strategy import ClientLevelDP
 from fedft.records import arrays_from_record, record_from_arrays

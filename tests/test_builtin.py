@@ -135,7 +135,7 @@ def test_the_real_data_set_has_its_questions_with_four_options_and_the_answer_am
     from conftest import make_settings
 
     from fedft.data import load_split
-    from fedft.node import NodeSettings
+    from fedft.node_config import NodeSettings
 
     train, test = load_split(make_settings().data, NodeSettings(), 0)
     rows = [*train, *test]

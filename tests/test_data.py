@@ -12,7 +12,7 @@ from conftest import make_settings
 from fedft.config import DataSettings
 from fedft.data import Site, load_site, load_split, partition_sizes, render_alpaca, tokenize
 from fedft.errors import DataError
-from fedft.node import NodeSettings
+from fedft.node_config import NodeSettings
 from fedft.partition import share_out, split_test
 from fedft.schema import Record
 

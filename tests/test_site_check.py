@@ -13,7 +13,7 @@ from fedft.cli import app
 from fedft.config import Settings
 from fedft.footprint import Device, estimate
 from fedft.model import load_model
-from fedft.node import NodeSettings
+from fedft.node_config import NodeSettings
 from fedft.privacy.accounting import gaussian_epsilon
 from fedft.site_check import SiteReport, check_site, planned_run
 

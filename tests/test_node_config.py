@@ -3,7 +3,7 @@ from typing import Any
 import pytest
 
 from fedft.errors import ConfigError
-from fedft.node import NodeSettings, parse_node_config
+from fedft.node_config import NodeSettings, parse_node_config
 
 
 def test_node_config_is_a_partition_or_a_path() -> None:
