@@ -8,6 +8,7 @@ padding is on the right and therefore needs no attention mask, and no per-token 
 import tempfile
 import warnings
 from collections.abc import Collection, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,7 +82,7 @@ def train(
         trainer = _make_trainer(model, tokenizer, rows, settings, scratch, learning_rate, gradient_checkpointing, seed)
         try:
             set_adapter(model, adapter)  # after the trainer's own start, which casts the LoRA weights of a 4-bit base
-            with only_training(model, keys):
+            with only_training(model, keys), _adapter_in_bfloat16(model):  # also while checkpoints are recomputed
                 outcome = trainer.train()
         finally:
             vars(model.get_base_model()).pop("forward", None)  # undo the trainer's patch: it would pile up
@@ -157,13 +158,18 @@ def token_nll(
     """
     head = model.get_output_embeddings()
     hook = head.register_forward_pre_hook(lambda _, arguments: (arguments[0][where],))
-    bf16 = model.dtype == torch.bfloat16  # then the adapter's products are too, as in any mixed-precision training
+    bf16 = model.dtype == torch.bfloat16
     try:
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16), disable_input_dtype_casting(model, bf16):
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16), _adapter_in_bfloat16(model):
             logits = model(input_ids=input_ids, use_cache=False, **inputs).logits
     finally:
         hook.remove()
     return cross_entropy(logits.float(), targets, reduction="none")
+
+
+def _adapter_in_bfloat16(model: PeftModel) -> AbstractContextManager[None]:
+    """Keep PEFT from casting a bfloat16 base's activations to the adapter's float32; autocast casts its weights."""
+    return disable_input_dtype_casting(model, model.dtype == torch.bfloat16)
 
 
 def _score(model: PeftModel, batch: Sequence[Example]) -> list[list[float]]:

@@ -244,3 +244,10 @@ def test_bfloat16_base_computes_the_adapter_in_bfloat16_and_trains_it_in_float32
     hook.remove()
     assert set(seen) == {torch.bfloat16}
     assert {value.dtype for value in result.adapter.values()} == {np.dtype(np.float32)}
+
+
+@pytest.mark.parametrize("bits", [0, 4])
+def test_gradient_checkpointing_of_a_bfloat16_base_gives_the_same_adapter(model_folder: Path, bits: int) -> None:
+    settings, model, adapter = setup(model_folder, model__dtype="bfloat16", model__quantization=bits, lora__dropout=0.1)
+    plain, checkpointed = (train(settings, model, adapter, gradient_checkpointing=it).adapter for it in (False, True))
+    assert all(np.array_equal(plain[key], checkpointed[key]) for key in plain)
