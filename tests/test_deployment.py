@@ -58,7 +58,7 @@ class Rehearsal:
         text = re.sub(r"\b(8000|909\d)\b", lambda found: self.ports[found[0]], text)
         return before + str(text.replace("/srv/fedft", str(self.folder)).replace("RUN_ID", run_id))
 
-    def run(self, name: str, site: int = 1, seconds: float = 60, run_id: str = "") -> str:
+    def run(self, name: str, site: int = 1, seconds: float = 180, run_id: str = "") -> str:
         """Run a block to its end; return what it prints."""
         done = subprocess.run(
             ["bash", "-euo", "pipefail", "-c", self.block(name, site, run_id)],
@@ -85,7 +85,7 @@ class Rehearsal:
             )
         return log
 
-    def listens(self, port: str, seconds: float = 60) -> None:
+    def listens(self, port: str, seconds: float = 180) -> None:
         """Wait until something listens on one of the page's ports."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
@@ -156,7 +156,7 @@ def test_three_sites_over_tls_complete_a_run_that_one_of_them_refuses(rehearsal:
         rehearsal.run("register", site)
         logs[site] = rehearsal.start("supernode", site)
 
-    log = rehearsal.run("run", seconds=180)
+    log = rehearsal.run("run", seconds=900)
 
     watched = rehearsal.run("watch")
     assert "finished:completed" in watched
