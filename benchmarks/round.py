@@ -111,7 +111,8 @@ def bare_rounds(settings: Settings, nodes: int, cohort: int, rounds: int) -> lis
                 optimiser.step()
                 optimiser.zero_grad()
 
-    return [seconds(partial(one_round, number)) for number in range(1, rounds + 1)]
+    with task.adapter_in_bfloat16(model):
+        return [seconds(partial(one_round, number)) for number in range(1, rounds + 1)]
 
 
 if __name__ == "__main__":

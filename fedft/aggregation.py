@@ -11,7 +11,8 @@ both factors averages neither the product nor its noise, so three schemes hold o
   2025, arXiv 2505.12805). That reads the noised average alone: post-processing.
 """
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,6 +34,11 @@ def trained_keys(aggregation: str, server_round: int, keys: Iterable[str]) -> li
         return list(keys)
     factor = _A if aggregation == "rolora" and server_round % 2 == 0 else _B
     return [key for key in keys if key.endswith(factor)]
+
+
+def most_trained(aggregation: str, shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """Return the most parameters that train in a round."""
+    return max(sum(math.prod(shapes[key]) for key in trained_keys(aggregation, number, shapes)) for number in (1, 2))
 
 
 def after_average(aggregation: str, adapter: Adapter) -> Adapter:

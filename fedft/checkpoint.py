@@ -116,8 +116,8 @@ class RunDirectory:
         metrics: Mapping[str, Any],
         privacy: Mapping[str, Any],
         save_adapter: Callable[[Path], None] | None,
-        arrays: bytes = b"",
-        position: Mapping[str, Any] | None = None,
+        arrays: bytes,
+        position: Mapping[str, Any],
     ) -> Path | None:
         """Record a finished round as one step: it counts once `run.json` names it.
 
@@ -145,7 +145,7 @@ class RunDirectory:
             write_whole(self.path / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in self.metrics).encode())
             write_json(self.path / "privacy.json", privacy)
             sha256 = hashlib.sha256(arrays).hexdigest()
-            self.state |= {"round": number, "resume": {"file": state.name, "sha256": sha256, **(position or {})}}
+            self.state |= {"round": number, "resume": {"file": state.name, "sha256": sha256, **position}}
             if adapter:
                 self.state["adapter"] = adapter.name
             self._write_state()

@@ -6,7 +6,6 @@ becomes one line on standard error and exit code 1; options that contradict or d
 
 import json
 import logging
-import math
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
@@ -214,7 +213,7 @@ _DEFAULT_PARAMETERS = 921_600
 
 def _from_run_config(settings: "Settings", given: dict[str, Any]) -> dict[str, Any]:
     """Return the given values, completed from the run-config; of rounds, noise and ε exactly two stay."""
-    from fedft.aggregation import trained_keys
+    from fedft.aggregation import most_trained
     from fedft.model import adapter_shapes
 
     dp, strategy = settings.dp, settings.strategy
@@ -223,13 +222,9 @@ def _from_run_config(settings: "Settings", given: dict[str, Any]) -> dict[str, A
     if "noise_multiplier" not in given and "epsilon" not in given:
         values |= {"epsilon": dp.target_epsilon} if dp.target_epsilon else {"noise_multiplier": dp.noise_multiplier}
     values |= {"delta": dp.delta, "clipping_norm": dp.clipping_norm, "nodes": strategy.min_available_nodes} | given
-    values.setdefault("cohort", max(1, round(strategy.fraction_train * values["nodes"])))
+    values.setdefault("cohort", strategy.cohort_size(values["nodes"]))
     if "parameters" not in values:
-        shapes = adapter_shapes(settings.model, settings.lora)
-        values["parameters"] = max(
-            sum(math.prod(shapes[key]) for key in trained_keys(settings.lora.aggregation, number, shapes))
-            for number in (1, 2)
-        )
+        values["parameters"] = most_trained(settings.lora.aggregation, adapter_shapes(settings.model, settings.lora))
     return values
 
 

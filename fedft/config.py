@@ -136,6 +136,10 @@ class StrategySettings:
     node_timeout: float = _setting(above=0)
     round_timeout: float = _setting(above=0)
 
+    def cohort_size(self, nodes: int) -> int:
+        """Return n, the planned clients a round of this many nodes."""
+        return max(1, round(self.fraction_train * nodes))
+
 
 @dataclass(frozen=True)
 class DpSettings:

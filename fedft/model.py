@@ -8,7 +8,6 @@ import hashlib
 import importlib.metadata
 import json
 import logging
-import os
 import sys
 import tempfile
 import warnings
@@ -26,6 +25,7 @@ from fedft import builtin
 from fedft.adapter import ADAPTER_FILE, Adapter, adapter_bytes, check_adapter, new_adapter
 from fedft.config import LoraSettings, ModelSettings
 from fedft.errors import FedftError, ModelError, first_line
+from fedft.files import write_json
 
 if TYPE_CHECKING:
     import torch
@@ -150,9 +150,7 @@ def _described(settings: ModelSettings, lora: LoraSettings) -> dict[str, Any]:
     described = _describe(settings, lora)
     with suppress(OSError):  # a cache that cannot be written costs time, nothing else
         file.parent.mkdir(parents=True, exist_ok=True)
-        scratch = file.with_suffix(f".{os.getpid()}")
-        scratch.write_text(json.dumps(described), encoding="utf-8")
-        scratch.replace(file)
+        write_json(file, described)
     return described
 
 

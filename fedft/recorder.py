@@ -10,14 +10,14 @@ from typing import Any
 
 from flwr.app import ArrayRecord
 
-from fedft.adapter import ADAPTER_FILE, adapter_digest
+from fedft.adapter import ADAPTER_FILE, adapter_bytes, adapter_digest
 from fedft.checkpoint import RunDirectory
 from fedft.config import Settings
 from fedft.model import save_adapter
 from fedft.privacy.accounting import format_epsilon
 from fedft.privacy.certificate import certificate, second_opinion
 from fedft.privacy.ledger import Ledger
-from fedft.records import arrays_from_record, bytes_from_arrays
+from fedft.records import arrays_from_record
 from fedft.report import model_card
 from fedft.schedule import learning_rate
 from fedft.strategy import CohortFedAvg, RoundReport
@@ -71,7 +71,7 @@ class Recorder:
         due = self.trained_round == number > 0 and (last or number % self.settings.save_every_round == 0)
         saver = self._saver(number, arrays) if due else None
         position = {"trained_round": self.trained_round, "schedule": self.averaging.schedule.to_dict()}
-        packed = bytes_from_arrays(arrays_from_record(arrays))
+        packed = adapter_bytes(arrays_from_record(arrays))
         metrics = self._metrics(number, report) | seconds
         self.directory.finish_round(number, metrics, self._privacy(), saver, packed, position)
         self.next_round = number + 1

@@ -7,8 +7,9 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord
 from numpy.typing import NDArray
 from safetensors import SafetensorError
-from safetensors.numpy import load, save
+from safetensors.numpy import load
 
+from fedft.adapter import adapter_bytes
 from fedft.errors import ConfigError
 
 NOT_SHARED = "not-shared"
@@ -31,7 +32,7 @@ def arrays_from_record(record: ArrayRecord) -> dict[str, NDArray[Any]]:
 
 def bytes_from_arrays(adapter: Mapping[str, NDArray[np.float32]]) -> bytes:
     """Return arrays as one value of a `ConfigRecord`: what a node needs but must not answer."""
-    return save(dict(adapter)) if adapter else b""
+    return adapter_bytes(adapter) if adapter else b""
 
 
 def arrays_from_bytes(config: ConfigRecord, key: str) -> dict[str, NDArray[Any]]:

@@ -19,13 +19,13 @@ from flwr.serverapp.strategy import Strategy
 import fedft
 from fedft import builtin
 from fedft.adapter import Adapter, check_adapter
-from fedft.aggregation import trained_keys
+from fedft.aggregation import most_trained
 from fedft.checkpoint import RunDirectory
 from fedft.config import Settings, parse_run_config
 from fedft.errors import ConfigError, FederationError, FedftError, NoFurtherRoundError, RoundError
 from fedft.logs import log_like_flower
 from fedft.model import fingerprint, initial_adapter
-from fedft.privacy.accounting import calibrate_noise, format_epsilon, verdict
+from fedft.privacy.accounting import chosen_noise, format_epsilon, verdict
 from fedft.privacy.ledger import Ledger, Mechanism
 from fedft.private_strategy import ClientLevelDP
 from fedft.recorder import Recorder
@@ -93,31 +93,31 @@ def _open(settings: Settings, run_id: int) -> tuple[RunDirectory, Position | Non
 def _run(grid: Grid, settings: Settings, directory: RunDirectory, position: Position | None = None) -> tuple[str, str]:
     """Run the rounds, from the first or on from `position`; return the run's final status and the reason for it."""
     run, strategy, arrays = _prepare(grid, settings, directory, position)
-    report, failed, allowed = run.averaging.report, 0, settings.strategy.max_failed_rounds
+    failed, allowed = 0, settings.strategy.max_failed_rounds
     for number in range(run.next_round, settings.num_server_rounds + 1):
-        started = time.monotonic()
+        started, why = time.monotonic(), ""
         try:
             if number:
                 arrays = _train(strategy, number, arrays, grid, settings)
-            report, failed = run.averaging.report, 0
         except NoFurtherRoundError as reason:
             run.close(arrays)
             return "stopped", str(reason)
         except RoundError as error:
-            report, failed = run.averaging.report, failed + 1
-            report.failed = str(error)
+            why = str(error)
         except FedftError:
             run.close(arrays)
             raise
+        report = run.averaging.report
+        report.failed, failed = why, failed + 1 if why else 0
         trained_at = time.monotonic()
-        if not report.failed and _is_evaluated(settings, number):
+        if not why and _is_evaluated(settings, number):
             messages = strategy.configure_evaluate(number, arrays, ConfigRecord(), grid)
             replies = grid.send_and_receive(messages, timeout=settings.strategy.round_timeout)
             strategy.aggregate_evaluate(number, replies)
         run.finish(number, arrays, report, trained_at - started, time.monotonic() - trained_at)
         if failed == allowed:
             run.close(arrays)
-            raise FederationError(f"strategy.max-failed-rounds={allowed} reached, the last one: {report.failed}")
+            raise FederationError(f"strategy.max-failed-rounds={allowed} reached, the last one: {why}")
     run.close(arrays)
     return "completed", ""
 
@@ -163,7 +163,7 @@ def _plan_privacy(settings: Settings, cohort_size: int, most: int) -> Ledger | N
     dp = settings.dp
     if dp.unit == "none":
         return None
-    z = calibrate_noise(dp.target_epsilon, most, dp.delta) if dp.target_epsilon else dp.noise_multiplier
+    z = chosen_noise(dp.target_epsilon, dp.noise_multiplier, most, dp.delta)
     steering = (dp.clipping_quantile, dp.clipping_learning_rate)
     ledger = Ledger(Mechanism(dp.clipping_norm, z, cohort_size, dp.delta, *steering))
     if dp.max_epsilon and ledger.epsilon_of(1) > dp.max_epsilon:
@@ -181,9 +181,7 @@ def _is_evaluated(settings: Settings, number: int) -> bool:
 
 def _log_plan(settings: Settings, schedule: Schedule, first: Adapter, ledger: Ledger | None) -> None:
     size = sum(value.size for value in first.values())
-    trained = max(
-        sum(first[key].size for key in trained_keys(settings.lora.aggregation, number, first)) for number in (1, 2)
-    )
+    trained = most_trained(settings.lora.aggregation, {key: value.shape for key, value in first.items()})
     _log.info(
         "%s on %s: %d nodes, %d a round, %d rounds; the adapter has %s parameters%s",
         settings.model.name,

@@ -18,9 +18,9 @@ from fedft.footprint import Device, Footprint, estimate, find_device
 from fedft.model import load_tokenizer
 from fedft.node_config import NodeSettings
 from fedft.policy import Policy, RunFacts, check_records, load_policy, refusals, run_epsilon
-from fedft.privacy.accounting import calibrate_noise
-from fedft.privacy.planner import participations
+from fedft.privacy.accounting import chosen_noise
 from fedft.rows import Row, data_files
+from fedft.schedule import most_participations
 from fedft.schema import Columns, defects
 
 if TYPE_CHECKING:
@@ -124,8 +124,8 @@ def _check_policy(report: SiteReport, settings: Settings, node: NodeSettings) ->
 def planned_run(settings: Settings) -> RunFacts:
     """Return the run as its run-config plans it, with `strategy.min-available-nodes` nodes."""
     dp, nodes, rounds = settings.dp, settings.strategy.min_available_nodes, settings.num_server_rounds
-    most = participations(rounds, max(1, round(settings.strategy.fraction_train * nodes)), nodes)
-    noise = calibrate_noise(dp.target_epsilon, most, dp.delta) if dp.target_epsilon else dp.noise_multiplier
+    most = most_participations(rounds, settings.strategy.cohort_size(nodes), nodes)
+    noise = chosen_noise(dp.target_epsilon, dp.noise_multiplier, most, dp.delta)
     return RunFacts(settings.model, dp.unit, rounds, noise, most)
 
 

@@ -26,23 +26,11 @@ from fedft.aggregation import after_average, trained_keys
 from fedft.config import StrategySettings
 from fedft.errors import AdapterError, FederationError, NoFurtherRoundError, RoundError
 from fedft.evaluation import EvaluationSums
-from fedft.records import NOT_SHARED, arrays_from_record, bytes_from_arrays, record_from_arrays, record_size
+from fedft.records import arrays_from_record, bytes_from_arrays, record_from_arrays, record_size
+from fedft.replies import ClientReply, read_evaluation, read_training, weights
 from fedft.schedule import Schedule, draw, eligible
 
 _Read = TypeVar("_Read")
-_Record = TypeVar("_Record")
-
-
-@dataclass(frozen=True)
-class ClientReply:
-    """A usable training reply: the arrays that trained, clipped by the client under privacy.
-
-    Examples and loss are both None where the site's policy does not share them.
-    """
-
-    adapter: Adapter
-    examples: int | None
-    loss: float | None
 
 
 @dataclass
@@ -102,7 +90,7 @@ class CohortFedAvg(FedAvg):
             FederationError: fewer than `min-available-nodes` within `node-timeout`.
         """
         nodes = self._enough_nodes(grid, self.settings.min_available_nodes)
-        size = max(1, round(self.settings.fraction_train * len(nodes)))
+        size = self.settings.cohort_size(len(nodes))
         simulated = federation.are_simulated(nodes)
         self.schedule = Schedule(federation.ids(nodes), size, simulated=simulated).replanned(rounds)
         self._check_replies()
@@ -163,7 +151,7 @@ class CohortFedAvg(FedAvg):
         """
         usable = self.usable_replies(replies)
         mean = {key: np.zeros(shape) for key, shape in self.shapes.items()}
-        for reply, weight in zip(usable, _weights([reply.examples for reply in usable]), strict=True):
+        for reply, weight in zip(usable, weights([reply.examples for reply in usable]), strict=True):
             for key, value in reply.adapter.items():
                 mean[key] += value * weight
         return self.averaged(mean)
@@ -187,7 +175,7 @@ class CohortFedAvg(FedAvg):
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Return loss and accuracy over all nodes' held-out examples, and keep their sums in `report`."""
-        read = self._collect(replies, _read_evaluation, "evaluation: ")
+        read = self._collect(replies, read_evaluation, "evaluation: ")
         shared = [sums for sums in read if sums is not None]
         self.report.not_shared += len(read) - len(shared)
         total = sum(shared, start=EvaluationSums())
@@ -203,7 +191,7 @@ class CohortFedAvg(FedAvg):
             RoundError: they are fewer than `min-replies`.
         """
         usable = self._collect(replies, self._read_training, "")
-        usable.sort(key=_order)
+        usable.sort(key=lambda reply: reply.order)
         self.report.replies = len(usable)
         shared = [(reply.examples, reply.loss) for reply in usable if reply.examples and reply.loss is not None]
         self.report.not_shared += len(usable) - len(shared)
@@ -290,8 +278,6 @@ class CohortFedAvg(FedAvg):
         for message in replies:
             self._awaited -= 1
             try:
-                if message.has_error():
-                    raise ValueError(_reason(message))
                 results.append(read(message))
             except (AdapterError, ValueError) as error:
                 self.report.failures.append(f"{what}node {message.metadata.src_node_id}: {error}")
@@ -299,53 +285,10 @@ class CohortFedAvg(FedAvg):
         return results
 
     def _read_training(self, message: Message) -> ClientReply:
-        arrays = _only(message.content.array_records, "ArrayRecord")
-        metrics = _only(message.content.metric_records, "MetricRecord")
-        self.report.bytes_up += record_size(arrays)
-        examples, loss = (None, None) if NOT_SHARED in metrics else _read_figures(metrics)
-        adapter = arrays_from_record(arrays)
-        check_adapter(adapter, self.shapes)
+        reply = read_training(message)
+        self.report.bytes_up += reply.size
+        check_adapter(reply.adapter, self.shapes)
         if message.metadata.src_node_id not in self._unanswered:
             raise ValueError("it was not asked, or has answered already")  # one client counts once, whatever arrives
         self._unanswered.discard(message.metadata.src_node_id)
-        return ClientReply(adapter, examples, loss)
-
-
-def _weights(examples: list[int | None]) -> list[float]:
-    """Return each reply's share of the average: by examples, the unknown ones as the average of the known."""
-    known = [count for count in examples if count is not None]
-    average = sum(known) / len(known) if known else 1.0
-    weights = [average if count is None else count for count in examples]
-    return [weight / sum(weights) for weight in weights]
-
-
-def _order(reply: ClientReply) -> tuple[int, float, str]:
-    if reply.examples is None or reply.loss is None:
-        return 0, 0.0, adapter_digest(reply.adapter)
-    return reply.examples, reply.loss, ""
-
-
-def _read_figures(metrics: MetricRecord) -> tuple[int, float]:
-    examples, loss = metrics.get("num-examples"), metrics.get("train_loss")
-    if not isinstance(examples, int) or examples < 1:
-        raise ValueError(f"num-examples={examples!r} is not a whole number >= 1")
-    if not isinstance(loss, float) or not math.isfinite(loss):
-        raise ValueError(f"train_loss={loss!r} is not a finite number")
-    return examples, loss
-
-
-def _read_evaluation(message: Message) -> EvaluationSums | None:
-    metrics = dict(_only(message.content.metric_records, "MetricRecord"))
-    return None if NOT_SHARED in metrics else EvaluationSums.from_metrics(metrics)  # type: ignore[arg-type]
-
-
-def _reason(message: Message) -> str:
-    """Return the last line of an error reply: the message of the exception, where it holds a traceback."""
-    lines = (message.error.reason or "").strip().splitlines()
-    return lines[-1] if lines else f"error code {message.error.code}"
-
-
-def _only(records: Mapping[str, _Record], kind: str) -> _Record:
-    if len(records) != 1:
-        raise ValueError(f"the reply holds {len(records)} {kind}s instead of one")
-    return next(iter(records.values()))
+        return reply

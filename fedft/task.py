@@ -82,7 +82,7 @@ def train(
         trainer = _make_trainer(model, tokenizer, rows, settings, scratch, learning_rate, gradient_checkpointing, seed)
         try:
             set_adapter(model, adapter)  # after the trainer's own start, which casts the LoRA weights of a 4-bit base
-            with only_training(model, keys), _adapter_in_bfloat16(model):  # also while checkpoints are recomputed
+            with only_training(model, keys), adapter_in_bfloat16(model):  # also while checkpoints are recomputed
                 outcome = trainer.train()
         finally:
             vars(model.get_base_model()).pop("forward", None)  # undo the trainer's patch: it would pile up
@@ -132,7 +132,7 @@ def evaluate(model: PeftModel, adapter: Adapter, examples: Sequence[Example]) ->
     model.eval()
     total = EvaluationSums()
     ordered = sorted(examples, key=lambda example: len(example.prompt) + sum(map(len, example.completions)))
-    with torch.inference_mode():
+    with torch.inference_mode(), adapter_in_bfloat16(model):
         for start in range(0, len(ordered), _EVALUATION_BATCH):
             batch = ordered[start : start + _EVALUATION_BATCH]
             for example, scores in zip(batch, _score(model, batch), strict=True):
@@ -154,22 +154,18 @@ def token_nll(
         targets: token ids, shape [tokens].
         inputs: further arguments of the model's forward.
 
-    The head is given those positions alone, through a hook on its input: logits of the prompt are never computed.
+    The head is given those positions alone, through a hook on its input: logits of the prompt are never computed. Call
+    it inside `adapter_in_bfloat16`.
     """
     head = model.get_output_embeddings()
     hook = head.register_forward_pre_hook(lambda _, arguments: (arguments[0][where],))
     bf16 = model.dtype == torch.bfloat16
     try:
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16), _adapter_in_bfloat16(model):
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
             logits = model(input_ids=input_ids, use_cache=False, **inputs).logits
     finally:
         hook.remove()
     return cross_entropy(logits.float(), targets, reduction="none")
-
-
-def _adapter_in_bfloat16(model: PeftModel) -> AbstractContextManager[None]:
-    """Keep PEFT from casting a bfloat16 base's activations to the adapter's float32; autocast casts its weights."""
-    return disable_input_dtype_casting(model, model.dtype == torch.bfloat16)
 
 
 def _score(model: PeftModel, batch: Sequence[Example]) -> list[list[float]]:
@@ -209,6 +205,11 @@ def _score(model: PeftModel, batch: Sequence[Example]) -> list[list[float]]:
     )
     pieces = iter(nll.split([len(ids) for example in batch for ids in example.completions]))
     return [[float(next(pieces).sum()) for _ in example.completions] for example in batch]
+
+
+def adapter_in_bfloat16(model: PeftModel) -> AbstractContextManager[None]:
+    """Keep PEFT from casting a bfloat16 base's activations to the adapter's float32; autocast casts its weights."""
+    return disable_input_dtype_casting(model, model.dtype == torch.bfloat16)
 
 
 def _training_row(example: Example) -> dict[str, list[int]]:

@@ -21,7 +21,7 @@ def line(number: int) -> dict[str, Any]:
 def finished_run(folder: Path, rounds: int = 2, run_id: int = 7) -> RunDirectory:
     run = RunDirectory.create(folder, run_id, {"config": {"seed": 1}})
     for number in range(rounds + 1):
-        run.finish_round(number, line(number), {"epsilon": 1.0}, save if number else None, str(number).encode())
+        run.finish_round(number, line(number), {"epsilon": 1.0}, save if number else None, str(number).encode(), {})
     return run
 
 
@@ -84,7 +84,7 @@ def test_death_at_any_moment_of_a_round_leaves_the_round_before(
 
     monkeypatch.setattr(Path, "replace", die)
     with pytest.raises(KeyboardInterrupt):
-        run.finish_round(2, line(2), {"epsilon": 2.0}, die_saving if moment == "adapter" else save, b"2")
+        run.finish_round(2, line(2), {"epsilon": 2.0}, die_saving if moment == "adapter" else save, b"2", {})
     assert read_state(run.path)["round"] == 1
     assert [entry["round"] for entry in read_metrics(run.path)] == [0, 1]
     assert find_adapter(run.path, tmp_path).name == "peft_1"
@@ -94,7 +94,7 @@ def test_death_at_any_moment_of_a_round_leaves_the_round_before(
 
 def test_adapter_of_a_round_that_left_none_can_be_kept(tmp_path: Path) -> None:
     run = RunDirectory.create(tmp_path, 7, {})
-    run.finish_round(3, line(3), {}, None)
+    run.finish_round(3, line(3), {}, None, b"3", {})
     run.keep_adapter(3, save)
     run.keep_adapter(3, lambda _: pytest.fail("it is there already"))
     assert find_adapter(Path("latest"), tmp_path) == run.path / "peft_3"
@@ -149,7 +149,7 @@ def test_full_disk_is_one_clear_line_and_keeps_the_round_before(tmp_path: Path) 
             file.write("x" * 100_000)
 
     with pytest.raises(RunDirectoryError, match="No space left on device; free some space"):
-        run.finish_round(2, line(2), {}, fill)
+        run.finish_round(2, line(2), {}, fill, b"2", {})
     assert read_state(run.path)["round"] == 1
     assert not list(run.path.glob(".peft*"))
 

@@ -52,7 +52,7 @@ def make_run(folder: Path, base: Path) -> RunDirectory:
     for number, loss in ((0, 6.5), (1, 4.25)):
         line = {"round": number, "eval_loss": loss, "accuracy": None, "epsilon": 1462.1}
         directory.finish_round(
-            number, line, {}, lambda path: save_adapter(path, adapter, settings.model, settings.lora)
+            number, line, {}, lambda path: save_adapter(path, adapter, settings.model, settings.lora), b"", {}
         )
     return directory
 

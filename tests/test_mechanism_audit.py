@@ -32,7 +32,8 @@ from fedft.privacy.accounting import gaussian_epsilon
 from fedft.privacy.ledger import Ledger, Mechanism
 from fedft.private_strategy import ClientLevelDP
 from fedft.records import arrays_from_record, record_from_arrays
-from fedft.strategy import ClientReply, CohortFedAvg
+from fedft.replies import ClientReply
+from fedft.strategy import CohortFedAvg
 
 AGGREGATIONS = ("lora", "ffa", "rolora", "fedsvd")
 N, Z, C = 4, 0.6, 2.0

@@ -8,7 +8,7 @@ import pytest
 from fedft.errors import PlanError
 from fedft.privacy.accounting import gaussian_epsilon
 from fedft.privacy.ledger import Ledger, Mechanism
-from fedft.privacy.planner import MOST_ROUNDS, Plan, epsilon_over_rounds, make_plan, participations
+from fedft.privacy.planner import MOST_ROUNDS, Plan, epsilon_over_rounds, make_plan
 from fedft.schedule import most_participations
 
 
@@ -55,7 +55,7 @@ def test_replace_one_adjacency_costs_what_half_the_noise_does() -> None:
     ("rounds", "cohort", "nodes", "count"), [(10, 4, 20, 2), (10, 100, 1000, 1), (11, 100, 1000, 2), (1, 1, 3, 1)]
 )
 def test_participations_are_rounded_up(rounds: int, cohort: int, nodes: int, count: int) -> None:
-    assert participations(rounds, cohort, nodes) == count
+    assert most_participations(rounds, cohort, nodes) == count
 
 
 @pytest.mark.parametrize("target", [0.05, 0.5, 4.5, 8.0, 30.0, 1000.0])

@@ -51,6 +51,11 @@ def calibrate_noise(target_epsilon: float, releases: int, delta: float) -> float
     return high
 
 
+def chosen_noise(target_epsilon: float, noise_multiplier: float, releases: int, delta: float) -> float:
+    """Return the noise multiplier of a run: calibrated for its target, or the given one where the target is 0."""
+    return calibrate_noise(target_epsilon, releases, delta) if target_epsilon else noise_multiplier
+
+
 def renyi_epsilon(noise_multiplier: float, releases: int, delta: float) -> float:
     """Return ε by the simple account most stacks use: Rényi orders and dp-accounting's default conversion.
 

@@ -10,11 +10,11 @@ z√d/n says how many times longer it is than the longest update a client may se
 
 import math
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from typing import Any
 
 from fedft.errors import PlanError
 from fedft.privacy.accounting import calibrate_noise, format_epsilon, gaussian_epsilon, verdict
+from fedft.schedule import most_participations
 
 MOST_ROUNDS = 1_000_000
 """The most rounds a plan may have, as in the run-config."""
@@ -64,7 +64,7 @@ class Plan:
     @property
     def participations(self) -> int:
         """The rounds in which the most-used node takes part, k = ⌈T·n/N⌉."""
-        return participations(self.rounds, self.cohort, self.nodes)
+        return most_participations(self.rounds, self.cohort, self.nodes)
 
     @property
     def epsilon(self) -> float:
@@ -144,7 +144,7 @@ def make_plan(
     if rounds is not None:
         _check_rounds(rounds)
     if noise_multiplier is None and rounds is not None and epsilon is not None:
-        noise_multiplier = _rounded_up(calibrate_noise(epsilon, participations(rounds, cohort, nodes), delta))
+        noise_multiplier = _rounded_up(calibrate_noise(epsilon, most_participations(rounds, cohort, nodes), delta))
     return Plan(
         nodes=nodes,
         cohort=cohort,
@@ -156,18 +156,10 @@ def make_plan(
     )
 
 
-def participations(rounds: int, cohort: int, nodes: int) -> int:
-    """Return the rounds in which the most-used of N nodes takes part under the balanced schedule, ⌈T·n/N⌉."""
-    return -(-rounds * cohort // nodes)
-
-
 def epsilon_over_rounds(plan: Plan, cohort: int) -> list[float]:
     """Return ε after each round of the plan, were its cohort another; the noise multiplier stays."""
-    counts = (participations(number, cohort, plan.nodes) for number in range(1, plan.rounds + 1))
-    return [_epsilon_cached(plan.noise_multiplier, count, plan.delta) for count in counts]
-
-
-_epsilon_cached = lru_cache(maxsize=4096)(gaussian_epsilon)
+    counts = (most_participations(number, cohort, plan.nodes) for number in range(1, plan.rounds + 1))
+    return [gaussian_epsilon(plan.noise_multiplier, count, plan.delta) for count in counts]
 
 
 def _most_rounds(epsilon: float, noise_multiplier: float, delta: float, cohort: int, nodes: int) -> int:
